@@ -1,0 +1,206 @@
+"""What happens between the steps of a training: the bar, the log, checkpoints, the best, and stopping on a signal.
+
+Keras callbacks, so that they go into any `fit`.
+"""
+
+import math
+import signal
+import time
+
+import keras
+from tqdm import tqdm
+
+from checkpoint import RunFolder, assign, collect, named_variables
+
+SHOW_EVERY = 10  # steps between two readings of the loss, which make an accelerator wait
+
+
+class Interrupted(Exception):
+    """A signal (`signal`, its number) asked the process to stop."""
+
+    def __init__(self, number):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.signal = number
+
+
+class Signals:
+    """Turns Ctrl-C and SIGTERM into `Interrupted`, but never in the middle of a step.
+
+    Use it as a context; within, `shield()` and `release()` bracket what must not be cut in two.
+    """
+
+    def __init__(self):
+        self._shielded, self._received, self._former = False, None, {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._former[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        if self._shielded:
+            self._received = number
+        else:
+            raise Interrupted(number)
+
+    def shield(self):
+        """Holds signals back."""
+        self._shielded = True
+
+    def release(self):
+        """Lets signals through again, and raises `Interrupted` if one came meanwhile."""
+        self._shielded = False
+        if self._received is not None:
+            number, self._received = self._received, None
+            raise Interrupted(number)
+
+
+class Keeper(keras.callbacks.Callback):
+    """Keeps a training in its run folder: each epoch a row of the log and a checkpoint, and the best one.
+
+    Args:
+        run: the `RunFolder`.
+        stage: name of the stage there.
+        steps_per_epoch: steps of a whole epoch.
+        signals: the `Signals` of the process.
+        finish_row: function of (epoch, logs) -> dict of more entries for the epoch's row.
+        choose: function of the row -> (Estimate, state) for `RunFolder.save_best`, or None.
+        kid_every: epochs between two measurements of KID.
+    """
+
+    def __init__(
+        self, run: RunFolder, stage, steps_per_epoch, signals, finish_row=None, choose=None, kid_every=1
+    ):
+        super().__init__()
+        self.run, self.stage, self.steps_per_epoch, self.signals = run, stage, steps_per_epoch, signals
+        self.finish_row, self.choose, self.kid_every = finish_row, choose, kid_every
+        self.step, self.pending, self.logs = 0, False, {}
+        self._metrics, self._seconds, self._started = {}, 0.0, None
+
+    def restore(self, trainer):
+        """Sets the trainer to the newest checkpoint, if there is one, and drops what the log says of later steps."""
+        saved = self.run.latest(self.stage)
+        if saved is not None:
+            for prefix, variables in _parts(trainer).items():
+                assign(variables, saved.tensors, prefix, source=self.run.path)
+            self.step, self.pending = saved.step, saved.state["pending"]
+            self.logs, self._seconds = saved.state["logs"], saved.state["seconds"]
+            self._metrics = saved.state["metrics"]
+        self.run.truncate_log(self.stage, self.step - self.pending)
+
+    def save(self, trainer):
+        """Writes a checkpoint of where the trainer is."""
+        tensors = {}
+        for prefix, variables in _parts(trainer).items():
+            tensors.update(collect(variables, prefix))
+        metrics = {} if self.pending else _metric_values(trainer)
+        state = {"pending": self.pending, "logs": self.logs, "seconds": self._elapsed(), "metrics": metrics}
+        self.run.save(self.stage, self.step, tensors, state)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        # `fit` has just reset the metrics: an epoch that was cut goes on with what it had gathered.
+        for name, values in self._metrics.items():
+            for variable, value in zip(self.model.trackers[name].variables, values, strict=True):
+                variable.assign(value)
+        self._metrics = {}
+        self.model.kid_due = (epoch + 1) % self.kid_every == 0
+        self._started = self._started or time.monotonic()
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.signals.shield()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.step += 1
+        self.pending = self.step % self.steps_per_epoch == 0
+        if self.pending:
+            self.logs = {name: float(value) for name, value in logs.items()}
+        self.signals.release()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.signals.shield()
+        row = {"stage": self.stage, "epoch": epoch + 1, "step": self.step, **self.logs, **(logs or {})}
+        row["learning_rate"] = float(self.model.optimizer.learning_rate)
+        row.update(self.finish_row(epoch, row) if self.finish_row else {})
+        row["seconds"] = round(self._elapsed(), 2)
+        row["best"] = self._keep_best(row)
+        self.run.log(row)
+        self.pending, self.logs = False, {}
+        self.model.reset_metrics()
+        self.save(self.model)
+        tqdm.write(describe(row))
+        self.signals.release()
+
+    def _keep_best(self, row):
+        chosen = self.choose(row) if self.choose else None
+        if chosen is None:
+            return False
+        estimate, state = chosen
+        tensors = {}
+        for name, network in self.model.networks.items():
+            tensors.update(collect(named_variables(network), name))
+        state = {**state, "epoch": row["epoch"], "step": row["step"]}
+        return self.run.save_best(self.stage, *estimate, tensors, state)
+
+    def _elapsed(self):
+        return self._seconds + (time.monotonic() - self._started if self._started else 0.0)
+
+
+def _parts(trainer):
+    parts = {name: named_variables(network) for name, network in trainer.networks.items()}
+    parts["optimizer"] = [(variable.path, variable) for variable in trainer.optimizer.variables]
+    return parts
+
+
+def _metric_values(trainer):
+    return {
+        name: [float(variable) for variable in tracker.variables]
+        for name, tracker in trainer.trackers.items()
+    }
+
+
+def describe(row):
+    """A row of the log as one line for the console."""
+    parts = [f"epoch {row['epoch']}"]
+    for name, value in row.items():
+        if name in ("loss", "val_loss") or name.endswith("_psnr"):
+            parts.append(f"{name} {value:.4g}")
+    if math.isfinite(row.get("val_kid", math.nan)):
+        low, high, floor = (row[f"val_kid_{end}"] for end in ("low", "high", "floor"))
+        parts.append(f"KID {row['val_kid']:.4f} [{low:.4f}, {high:.4f}], floor {floor:.4f}")
+    parts.append(f"{row['seconds']:.0f} s")
+    return "   ".join(parts) + ("   best so far" if row.get("best") else "")
+
+
+class Bar(keras.callbacks.Callback):
+    """A tqdm bar over all steps of a stage, with rate, time left, loss and the last KID.
+
+    Args:
+        label: what stands before it.
+        total: all steps of the stage.
+        keeper: the `Keeper`, which knows the step.
+    """
+
+    def __init__(self, label, total, keeper):
+        super().__init__()
+        self.label, self.total, self.keeper, self.bar, self.kid = label, total, keeper, None, None
+
+    def on_train_begin(self, logs=None):
+        self.bar = tqdm(
+            total=self.total, initial=self.keeper.step, desc=self.label, unit="step", disable=None
+        )
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.bar.update()
+        if not self.bar.disable and self.bar.n % SHOW_EVERY == 0:
+            shown = {"loss": f"{float(logs['loss']):.4f}"}
+            self.bar.set_postfix({**shown, "KID": f"{self.kid:.4f}"} if self.kid else shown)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.kid = (logs or {}).get("val_kid", self.kid)
+
+    def on_train_end(self, logs=None):
+        self.bar.close()

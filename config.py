@@ -1,0 +1,371 @@
+"""Every setting of a run as frozen dataclasses, one per part, and the table of presets.
+
+The fields of a part are that part's constructor keywords; nobody receives the whole config but `stages`.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from errors import InputError
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """Random changes of a picture at each step; the defaults change nothing but left and right."""
+
+    resize_min: float = 1.0  # least factor of the random resize that goes before the random crop
+    resize_max: float = 1.0  # largest factor; 1 and 1 mean no crop
+    flip: bool = True  # mirror half of the pictures
+    brightness: float = 0.0  # largest shift, as a fraction of the range
+    contrast: float = 0.0  # largest change of the contrast's factor from 1
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The autoencoder's shape (`model.vae.AutoencoderKL`)."""
+
+    level_channels: tuple[int, ...] = (16, 32, 64, 64)  # finest level first; each further one halves the size
+    blocks: int = 1  # residual blocks a level
+    latent_channels: int = 4  # channels of the latents
+    groups: int = 8  # groups of the normalisations
+    attention: bool = False  # self-attention in the middle
+    latent_scale: float | None = None  # factor to unit variance; None measures it after training
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """The `vocabulary` text encoder's shape (`model.text_encoder.VocabularyEncoder`)."""
+
+    width: int = 128  # width of the context
+    layers: int = 2  # transformer blocks
+    heads: int = 4  # attention heads
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The U-Net's shape (`model.unet.UNet`)."""
+
+    level_channels: tuple[int, ...] = (96, 192)  # finest level first
+    attention_levels: tuple[bool, ...] = (False, True)  # which levels attend
+    blocks: int = 1  # residual blocks a level
+    head_channels: int = 32  # channels a head
+    groups: int = 16  # groups of the normalisations
+    ff_expansion: int = 2  # width of the feed-forward parts, in multiples of the channels
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The process (`diffusion.schedule`) and what the U-Net predicts."""
+
+    target: str = "velocity"  # noise, image or velocity
+    max_signal_rate: float = 0.95  # signal rate at time 0 of the cosine schedule
+    min_signal_rate: float = 0.02  # signal rate at time 1
+
+
+@dataclass(frozen=True)
+class VAETrainingConfig:
+    """How the autoencoder is trained (`trainer.VAETrainer`)."""
+
+    epochs: int = 4  # rounds of `steps_per_epoch`
+    steps_per_epoch: int | None = 300  # None: one pass over the training pictures
+    batch_size: int = 16  # pictures a step, over all devices
+    learning_rate: float = 2e-3  # peak of the schedule
+    warmup_steps: int = 50  # linear warm-up, then cosine decay to a hundredth
+    weight_decay: float = 0.0  # of kernels; never of biases and norms
+    clip_norm: float = 1.0  # largest global norm of the gradient
+    recon_loss: str = "l1"  # l1 or mse
+    kl_weight: float = 1e-4  # of the KL divergence in nats a latent value
+    perceptual_weight: float = 0.0  # of the distance in EfficientNet-Lite0 features; 0 leaves it out
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How the U-Net and the text encoder are trained (`trainer.LatentDiffusionTrainer`)."""
+
+    epochs: Annotated[int, tyro.conf.arg(prefix_name=False)] = 6  # rounds of `steps_per_epoch`
+    steps_per_epoch: int | None = 200  # None: one pass over the training pictures
+    batch_size: Annotated[int, tyro.conf.arg(prefix_name=False)] = 64  # pictures a step, over all devices
+    learning_rate: float = 1.5e-3  # peak of the schedule
+    warmup_steps: int = 100  # linear warm-up, then cosine decay to a hundredth
+    weight_decay: float = 1e-2  # of kernels; never of biases and norms
+    clip_norm: float = 1.0  # largest global norm of the gradient
+    latent_crops: int = 1  # crops of each picture in the cache of latents, when augmentation crops
+    ema: float = 0.995  # decay of the averaged network, after its warm-up
+    caption_dropout: float = 0.1  # share of captions left out, for guidance
+    validation_fraction: float = 0.125  # share of the pictures held out of training
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How an epoch is judged and shown."""
+
+    network: str = "efficientnet_lite0"  # features of KID: efficientnet_lite0 or inception_v3
+    size: int = 224  # side that pictures are resized to for it; 75 or 299 for inception_v3
+    weights: str | None = None  # local file of the feature network's weights
+    images: int = 256  # pictures drawn each time KID is measured
+    every: int = 1  # epochs between two measurements
+    steps: int = 20  # sampler steps
+    guidance: float = 2.5  # strength of classifier-free guidance; 1 is off
+    batch_size: int = 64  # pictures drawn at once
+    previews: int = 16  # captions in the grid of every epoch
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that defines a run."""
+
+    preset: str = "paper-flowers"  # where the defaults come from
+    data: str = "dataset/paper_flowers"  # folder of captioned pictures
+    run: str = "runs/paper-flowers"  # folder of the run
+    seed: int = 0  # of every random draw
+    image_size: int = 64  # side of the pictures in pixels
+    gpus: str = "all"  # GPUs to train on: all, none, or indices such as 0,2
+    train_vae: bool | None = (
+        None  # train the autoencoder first; by default only where the run has no trained one
+    )
+    vae_from: str | None = (
+        None  # another run's folder, whose trained autoencoder is taken (and fine-tuned with train_vae)
+    )
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    vae_training: VAETrainingConfig = field(default_factory=VAETrainingConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+START_ONLY = ("run", "gpus")  # what may differ from one start of a run to the next
+
+PHOTOGRAPHS = AugmentationConfig(resize_min=1.0, resize_max=1.15, brightness=0.1, contrast=0.1)
+
+CUP3 = Config(
+    preset="cup3",
+    data="dataset",
+    run="runs/cup3",
+    image_size=128,
+    augmentation=PHOTOGRAPHS,
+    vae=VAEConfig(level_channels=(32, 64, 128, 128), attention=True),
+    text_encoder=TextEncoderConfig(width=768, heads=12),
+    unet=UNetConfig(
+        level_channels=(128, 256, 512, 512),
+        attention_levels=(True, True, True, False),
+        blocks=2,
+        head_channels=64,
+        groups=32,
+        ff_expansion=4,
+    ),
+    vae_training=VAETrainingConfig(epochs=20, steps_per_epoch=None, learning_rate=1e-3, warmup_steps=500),
+    training=TrainingConfig(
+        epochs=50,
+        steps_per_epoch=None,
+        batch_size=16,
+        learning_rate=1e-4,
+        warmup_steps=1000,
+        ema=0.999,
+        validation_fraction=0.1,
+        latent_crops=4,
+    ),
+    evaluation=EvaluationConfig(size=224, images=512, guidance=3.0, batch_size=32),
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A system by name: its settings, or what this version lacks to run it."""
+
+    summary: str
+    config: Config | None = None
+    lacks: str | None = None
+
+
+PRESETS = {
+    "paper-flowers": Preset("drawn flowers, 64 px, offline, minutes on two cores", Config()),
+    "cup3": Preset("Deep Learning Cup 3: Oxford-102 flowers, 128 px, the Cup's U-Net", CUP3),
+    "coco": Preset("COCO 2014 captions", lacks="CLIP, the linear schedule and 16-bit floats"),
+    "flickr8k": Preset("Flickr8k with a fine-tuned CLIP", lacks="contrastive training of CLIP"),
+    "afhq": Preset("cats at 512 px, unconditional", lacks="the adversarial loss and unconditional training"),
+    "afhq-text": Preset("cats at 512 px from captions", lacks="the adversarial loss and CLIP"),
+    "ffhq-vae": Preset(
+        "faces: an autoencoder alone", lacks="KL annealing and training of an autoencoder alone"
+    ),
+}
+
+
+def preset(name: str) -> Config:
+    """The settings of a preset.
+
+    Raises:
+        InputError: the name is unknown, or names a system that this version cannot train yet.
+    """
+    ready = ", ".join(key for key, entry in PRESETS.items() if entry.config)
+    if name not in PRESETS:
+        raise InputError(f"--preset: received {name!r}, expected one of {', '.join(PRESETS)}")
+    if PRESETS[name].config is None:
+        raise InputError(
+            f"--preset: received {name!r}, which needs {PRESETS[name].lacks}; "
+            f"this version cannot do that yet, expected one of {ready}"
+        )
+    return PRESETS[name].config
+
+
+def light(config: Config) -> Config:
+    """The same data and pictures with the small networks, sized for an hour on two cores at 64 px."""
+    return dataclasses.replace(
+        config,
+        vae=VAEConfig(),
+        text_encoder=TextEncoderConfig(),
+        unet=UNetConfig(),
+        vae_training=VAETrainingConfig(epochs=5, steps_per_epoch=1000),
+        training=TrainingConfig(
+            epochs=12, steps_per_epoch=500, latent_crops=4, ema=0.998, validation_fraction=0.1
+        ),
+        evaluation=dataclasses.replace(config.evaluation, batch_size=64),
+    )
+
+
+def part(settings) -> dict:
+    """A part's settings as the keywords of its constructor."""
+    return {item.name: getattr(settings, item.name) for item in dataclasses.fields(settings)}
+
+
+def to_dict(config: Config) -> dict:
+    """The config as nested dicts, as a run folder keeps it: without what may differ from one start to the next."""
+    entries = dataclasses.asdict(config)
+    return {name: value for name, value in entries.items() if name not in START_ONLY}
+
+
+def from_dict(entries: dict, **start) -> Config:
+    """The config of a run folder.
+
+    Args:
+        entries: as `to_dict` gives them.
+        start: the fields that `to_dict` leaves out.
+
+    Raises:
+        InputError: a key is unknown or missing.
+    """
+    return _read(
+        Config, {**{name: getattr(Config, name) for name in START_ONLY}, **entries, **start}, "config"
+    )
+
+
+def _read(kind, entries, where):
+    known = {item.name: item for item in dataclasses.fields(kind)}
+    if set(entries) != set(known):
+        unknown, missing = sorted(set(entries) - set(known)), sorted(set(known) - set(entries))
+        raise InputError(
+            f"{where}: received unknown keys {unknown} and lacks {missing}; expected {sorted(known)}"
+        )
+    values = {}
+    for name, value in entries.items():
+        default = known[name].default_factory
+        if dataclasses.is_dataclass(default):
+            value = _read(default, value, f"{where}.{name}")
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
+def check(config: Config) -> None:
+    """Refuses settings that cannot work, before anything is done.
+
+    Raises:
+        InputError: names the setting, the value received and the value expected.
+    """
+    for name, value, least in _least_values(config):
+        if not value >= least:  # written so that NaN is refused too
+            raise InputError(f"--{name}: received {value}, expected at least {least}")
+    factor = 2 ** (len(config.vae.level_channels) - 1)
+    if config.image_size % factor:
+        raise InputError(
+            f"--image-size: received {config.image_size}, expected a multiple of {factor}, "
+            "the factor of the autoencoder"
+        )
+    latent_side, unet_factor = config.image_size // factor, 2 ** (len(config.unet.level_channels) - 1)
+    if latent_side % unet_factor:
+        raise InputError(
+            f"--image-size: received {config.image_size}, whose latents of side {latent_side} the U-Net cannot halve "
+            f"{len(config.unet.level_channels) - 1} times; expected a multiple of {factor * unet_factor}"
+        )
+    for name, value, most in _fractions(config):
+        if not 0 <= value <= most:
+            raise InputError(f"--{name}: received {value}, expected 0 to {most}")
+    for name, value, known in _choices(config):
+        if value not in known:
+            raise InputError(f"--{name}: received {value!r}, expected one of {', '.join(known)}")
+    _check_widths(config)
+
+
+def _least_values(config):
+    vae_training, training, evaluation = config.vae_training, config.training, config.evaluation
+    yield "image-size", config.image_size, 8
+    yield "seed", config.seed, 0
+    yield "epochs", training.epochs, 1
+    yield "batch-size", training.batch_size, 1
+    yield "vae-training.epochs", vae_training.epochs, 1
+    yield "vae-training.batch-size", vae_training.batch_size, 1
+    for prefix, stage in (("vae-training", vae_training), ("training", training)):
+        yield f"{prefix}.warmup-steps", stage.warmup_steps, 0
+        yield f"{prefix}.learning-rate", stage.learning_rate, 0
+        yield f"{prefix}.weight-decay", stage.weight_decay, 0
+        yield f"{prefix}.clip-norm", stage.clip_norm, 0
+        if stage.steps_per_epoch is not None:
+            yield f"{prefix}.steps-per-epoch", stage.steps_per_epoch, 1
+    yield "vae-training.kl-weight", vae_training.kl_weight, 0
+    yield "vae-training.perceptual-weight", vae_training.perceptual_weight, 0
+    yield "training.latent-crops", training.latent_crops, 1
+    for name in ("images", "every", "steps", "batch_size", "previews"):
+        yield f"evaluation.{name.replace('_', '-')}", getattr(evaluation, name), 1
+
+
+def _fractions(config):
+    yield "training.ema", config.training.ema, 1
+    yield "training.caption-dropout", config.training.caption_dropout, 1
+    yield "training.validation-fraction", config.training.validation_fraction, 0.5
+    yield "diffusion.max-signal-rate", config.diffusion.max_signal_rate, 1
+    yield "diffusion.min-signal-rate", config.diffusion.min_signal_rate, 1
+    yield "augmentation.brightness", config.augmentation.brightness, 1
+    yield "augmentation.contrast", config.augmentation.contrast, 1
+
+
+def _choices(config):
+    yield "vae-training.recon-loss", config.vae_training.recon_loss, ("l1", "mse")
+    yield "diffusion.target", config.diffusion.target, ("noise", "image", "velocity")
+    yield "evaluation.network", config.evaluation.network, ("efficientnet_lite0", "inception_v3")
+
+
+def _check_widths(config):
+    for name, settings in (("vae", config.vae), ("unet", config.unet)):
+        for channels in settings.level_channels:
+            if channels < 1 or channels % settings.groups:
+                raise InputError(
+                    f"--{name}.level-channels: received {channels}, expected a multiple of --{name}.groups "
+                    f"({settings.groups})"
+                )
+    unet, text = config.unet, config.text_encoder
+    if len(unet.attention_levels) != len(unet.level_channels):
+        raise InputError(
+            f"--unet.attention-levels: received {len(unet.attention_levels)}, expected one for each of the "
+            f"{len(unet.level_channels)} levels"
+        )
+    for channels in unet.level_channels:
+        if channels % unet.head_channels:
+            raise InputError(
+                f"--unet.head-channels: received {unet.head_channels}, expected a divisor of {channels} channels"
+            )
+    if text.width % text.heads:
+        raise InputError(
+            f"--text-encoder.heads: received {text.heads}, expected a divisor of the width {text.width}"
+        )
+    resize = config.augmentation
+    if not 1 <= resize.resize_min <= resize.resize_max:
+        raise InputError(
+            f"--augmentation.resize-min: received {resize.resize_min}, expected 1 to --augmentation.resize-max "
+            f"({resize.resize_max})"
+        )
+    if config.augmentation.resize_max > 4:
+        raise InputError(f"--augmentation.resize-max: received {resize.resize_max}, expected at most 4")

@@ -1,0 +1,282 @@
+"""The one way to get an image: prompts -> images, as an iterable over networks in memory.
+
+The command line, previews in training, evaluation and the web page all call it.
+"""
+
+import functools
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from keras import ops
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from tqdm import tqdm
+
+from checkpoint import RunFolder, assign, named_variables
+from config import Config, from_dict, part
+from diffusion.samplers import ddim, guide, uniform_times
+from diffusion.schedule import Process
+from errors import InputError
+from input_pipeline import Vocabulary
+from model.text_encoder import VocabularyEncoder
+from model.unet import UNet
+from model.vae import AutoencoderKL
+
+NOISE_KEY = 0x6E6F6973  # tells the noise of pictures from every other stateless draw
+
+
+class Networks(NamedTuple):
+    """All that drawing needs: the three networks, the process, and the words."""
+
+    vae: AutoencoderKL
+    text_encoder: VocabularyEncoder
+    unet: UNet
+    process: Process
+    vocabulary: Vocabulary
+
+
+class Picture(NamedTuple):
+    """A drawn picture, uint8 (H, W, 3), and what it was drawn from."""
+
+    image: np.ndarray
+    prompt: str
+    seed: int
+
+
+def make_vae(config: Config) -> AutoencoderKL:
+    """The autoencoder that a config describes, with new weights."""
+    return AutoencoderKL(**part(config.vae))
+
+
+def make_diffusion(config: Config, vocabulary: Vocabulary) -> tuple[UNet, VocabularyEncoder]:
+    """The U-Net and text encoder that a config describes, with new weights."""
+    text_encoder = VocabularyEncoder(vocabulary.size, vocabulary.length, **part(config.text_encoder))
+    unet = UNet(config.vae.latent_channels, context_shape=text_encoder.context_shape, **part(config.unet))
+    return unet, text_encoder
+
+
+def load(path) -> tuple[Networks, Config]:
+    """The networks of a run, with the best checkpoint's averaged weights, or the newest where none is best yet.
+
+    Args:
+        path: the run's folder.
+
+    Raises:
+        InputError: no run folder, or nothing trained in it yet.
+    """
+    run = RunFolder.read(path)
+    config = from_dict(run.config, run=str(path))
+    trained_vae = run.finished("vae")
+    saved = run.best("diffusion") or run.latest("diffusion")
+    if trained_vae is None or saved is None:
+        raise InputError(
+            f"{path}: received a run that has trained no U-Net yet; expected one with a checkpoint"
+        )
+    vae, vocabulary = make_vae(config), Vocabulary.load(run.vocabulary_path)
+    unet, text_encoder = make_diffusion(config, vocabulary)
+    assign(named_variables(vae), trained_vae.tensors, "vae", source=path)
+    assign(named_variables(unet), saved.tensors, "ema_unet", source=path)
+    assign(named_variables(text_encoder), saved.tensors, "ema_text_encoder", source=path)
+    return Networks(vae, text_encoder, unet, Process(**part(config.diffusion)), vocabulary), config
+
+
+class Painter:
+    """Draws pictures with networks in memory; the sampler is compiled once, at its first use.
+
+    Args:
+        networks: see `Networks`.
+        image_size: side of the pictures in pixels.
+        batch_size: pictures drawn at once; it changes speed and memory, not the pictures.
+    """
+
+    def __init__(self, networks, image_size, batch_size=16):
+        self.networks, self.batch_size = networks, batch_size
+        self.latent_shape = networks.vae.latent_shape(image_size)
+        # One trace serves every batch size and number of steps.
+        length = networks.vocabulary.length
+        signature = [
+            tf.TensorSpec([None, length], tf.int32),
+            tf.TensorSpec([None, length], tf.bool),
+            tf.TensorSpec([None], tf.int64),
+            tf.TensorSpec([None], tf.float32),
+            tf.TensorSpec([], tf.float32),
+        ]
+        self._plain = tf.function(functools.partial(self._draw, guided=False), input_signature=signature)
+        self._guided = tf.function(functools.partial(self._draw, guided=True), input_signature=signature)
+
+    def draw(self, tokens, seeds, steps=20, guidance=2.5, progress=None):
+        """Draws one picture a row, lazily.
+
+        Args:
+            tokens: int32 (N, T) ids of the vocabulary.
+            seeds: N whole numbers; a picture depends on its own seed and tokens only.
+            steps: sampler steps.
+            guidance: strength of classifier-free guidance; 1 is off.
+            progress: a label for a progress bar, or None.
+
+        Yields:
+            uint8 (H, W, 3), N of them.
+        """
+        tokens, seeds = np.asarray(tokens, "int32"), np.asarray(seeds, "int64")
+        silent = None if progress else True  # None: silent where standard error is no terminal
+        with tqdm(total=len(tokens), desc=progress, unit="picture", leave=False, disable=silent) as bar:
+            for start in range(0, len(tokens), self.batch_size):
+                rows = slice(start, start + self.batch_size)
+                mask = self.networks.vocabulary.mask(tokens[rows])
+                draw = self._plain if guidance == 1 else self._guided
+                yield from np.asarray(draw(tokens[rows], mask, seeds[rows], uniform_times(steps), guidance))
+                bar.update(len(tokens[rows]))
+
+    def _draw(self, tokens, mask, seeds, times, guidance, guided):
+        vae, text_encoder, unet, process, vocabulary = self.networks
+        context = text_encoder([tokens, mask])
+        if guided:
+            empty = ops.broadcast_to(vocabulary.empty()[None], ops.shape(tokens))
+            empty_mask = ops.broadcast_to(vocabulary.mask(vocabulary.empty())[None], ops.shape(mask))
+            context = ops.concatenate([context, text_encoder([empty, empty_mask])], axis=0)
+            mask = ops.concatenate([mask, empty_mask], axis=0)
+
+        def denoise(x, t):
+            t = ops.broadcast_to(t, ops.shape(x)[:1])
+            return process.denoised(unet([x, t, context, mask]), x, t)
+
+        noise = noise_of(seeds, self.latent_shape)
+        latents = ddim(guide(denoise, guidance) if guided else denoise, noise, times, process.rates)
+        return to_images(vae.decode(latents))
+
+
+def noise_of(seeds, shape):
+    """Standard normal noise (B, *shape), each sample from its own seed; seeds int64 (B,)."""
+
+    def one(seed):
+        return tf.random.stateless_normal(shape, tf.stack([seed, tf.constant(NOISE_KEY, tf.int64)]))
+
+    return tf.map_fn(one, tf.cast(seeds, tf.int64), fn_output_signature=tf.TensorSpec(shape, tf.float32))
+
+
+def to_images(pixels):
+    """Pixels (B, H, W, 3) in -1..1 -> images uint8, rounded."""
+    return ops.cast(ops.round(ops.clip(ops.cast(pixels, "float32") * 127.5 + 127.5, 0.0, 255.0)), "uint8")
+
+
+def generate(painter, prompts, count=1, seed=0, steps=20, guidance=2.5, progress=None):
+    """Draws `count` pictures of every prompt, lazily; picture k of a prompt has the seed `seed + k`.
+
+    Args:
+        painter: a `Painter`.
+        prompts: list of str.
+        count: pictures a prompt.
+        seed, steps, guidance, progress: see `Painter.draw`.
+
+    Yields:
+        Picture.
+
+    Raises:
+        InputError: no prompt, an empty one, or a count, a number of steps or a guidance that cannot be.
+    """
+    _check_request(prompts, count, steps, guidance)
+    tokens, _ = painter.networks.vocabulary.encode(prompts)
+    seeds = np.tile(seed + np.arange(count), len(prompts))
+    images = painter.draw(np.repeat(tokens, count, axis=0), seeds, steps, guidance, progress)
+    for index, image in enumerate(images):
+        yield Picture(image, prompts[index // count], int(seeds[index]))
+
+
+def _check_request(prompts, count, steps, guidance):
+    if not prompts:
+        raise InputError("prompts: received none, expected at least one")
+    for row, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise InputError(f"prompts: received an empty text in row {row}, expected words")
+    if count < 1:
+        raise InputError(f"count: received {count}, expected at least 1")
+    if steps < 1:
+        raise InputError(f"steps: received {steps}, expected at least 1")
+    if not np.isfinite(guidance):
+        raise InputError(f"guidance: received {guidance}, expected a finite number")
+
+
+def write_pictures(
+    run, prompt=(), prompts=None, count=1, seed=0, steps=None, guidance=None, batch_size=16, out="pictures"
+):
+    """Draws pictures with a run and writes them, one PNG each and a captioned `grid.png`.
+
+    Args:
+        run: the run's folder.
+        prompt: sentences.
+        prompts: a text file with a sentence a line, or None.
+        count, seed: see `generate`.
+        steps, guidance: sampler steps and strength of guidance; None takes the run's.
+        batch_size: pictures drawn at once.
+        out: folder for the files; it is made.
+
+    Returns:
+        The paths of the PNG files, without the grid's.
+
+    Raises:
+        InputError: see `load` and `generate`; or `prompts` cannot be read, or `out` not written.
+    """
+    texts = [*prompt, *(_read_prompts(prompts) if prompts else ())]
+    networks, config = load(run)
+    steps = config.evaluation.steps if steps is None else steps
+    guidance = config.evaluation.guidance if guidance is None else guidance
+    painter = Painter(networks, config.image_size, batch_size)
+    pictures = list(generate(painter, texts, count, seed, steps, guidance, progress="drawing"))
+    folder, paths = Path(out), []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, picture in enumerate(pictures):
+            paths.append(folder / f"{index:04d}.png")
+            save_png(picture, paths[-1], steps=steps, guidance=guidance, run=run)
+        captioned_grid(
+            [picture.image for picture in pictures], [picture.prompt for picture in pictures]
+        ).save(folder / "grid.png")
+    except OSError as error:
+        raise InputError(f"--out: received {out}, which cannot be written ({error.strerror})") from error
+    print(f"{len(paths)} pictures and grid.png in {folder}")
+    return paths
+
+
+def _read_prompts(path):
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompts: received {path}, expected a text file in UTF-8 ({error})") from error
+    return [line for line in lines if line.strip()]
+
+
+def save_png(picture: Picture, path, **settings):
+    """Writes a picture as PNG, with prompt, seed and `settings` as text entries of the file."""
+    info = PngImagePlugin.PngInfo()
+    for name, value in {"prompt": picture.prompt, "seed": picture.seed, **settings}.items():
+        info.add_itxt(name, str(value))
+    Image.fromarray(picture.image).save(path, pnginfo=info)
+
+
+def captioned_grid(images, captions, columns=4, cell=128, lines=3) -> Image.Image:
+    """A sheet of pictures, each with its caption below.
+
+    Args:
+        images: uint8 (H, W, 3) each.
+        captions: a str each.
+        columns: pictures a row.
+        cell: side in pixels at which a picture is shown; smaller ones are enlarged.
+        lines: lines of text below a picture.
+    """
+    font = ImageFont.load_default(size=cell // 11)
+    side = max(cell, images[0].shape[0])
+    line_height = round(1.3 * side / 11)
+    tile_height = side + lines * line_height + 6
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (side + 8) + 8, rows * tile_height + 8), "white")
+    write = ImageDraw.Draw(sheet)
+    for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left, top = 8 + (index % columns) * (side + 8), 8 + (index // columns) * tile_height
+        shown = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
+        sheet.paste(shown, (left, top))
+        text = "\n".join(textwrap.wrap(caption, width=22, max_lines=lines, placeholder=" ..."))
+        write.multiline_text((left, top + side + 2), text, fill="black", font=font, spacing=2)
+    return sheet

@@ -1,0 +1,276 @@
+"""Infinite `tf.data` of training batches, and the finite, frozen ones of validation.
+
+Each element is a whole global batch, a pure function of (seed, step), drawn before any split over replicas. It carries
+its own noise and times, so that a resumed run, or one on more replicas, sees the same numbers.
+"""
+
+import numpy as np
+import tensorflow as tf
+
+from errors import InputError
+from input_pipeline.augmentation import augment_batch, fit, to_pixels
+from input_pipeline.caches import padded_captions
+from input_pipeline.randomness import key, keys, sample_order
+
+LARGEST_IN_MEMORY = 2**30  # bytes; larger arrays stay where they are, for example mapped from a file
+
+
+def picture_batches(
+    pictures, *, image_size, batch_size, seed, augmentation, start_step=0, latent_shape=None, ids=None
+):
+    """Batches of augmented pictures for the autoencoder.
+
+    Args:
+        pictures: uint8 (N, S, S, 3).
+        image_size: Side of the pixels, H = W.
+        batch_size: B.
+        seed: Whole number.
+        augmentation: An `Augmentation`.
+        start_step: Step of the first batch: batch k of the stream is the same wherever it is started.
+        latent_shape: (h, w, C), for batches that carry the noise of the posterior.
+        ids: The pictures to use, for example of `split`; default all.
+
+    Returns:
+        Infinite tf.data.Dataset of dicts: `pixels` float32 (B, H, W, 3), -1..1; `sample_ids` int64 (B,); with
+        `latent_shape` also `posterior_noise` float32 (B, h, w, C), standard normal.
+    """
+    choose = _chooser(len(pictures), ids, batch_size, seed)
+    pictures_of = _gatherer(pictures)
+
+    def batch(step):
+        sample_ids = choose(step)
+        pixels = to_pixels(pictures_of(sample_ids))
+        values = {
+            "pixels": augment_batch(pixels, image_size, key(seed, step, "augmentation"), augmentation),
+            "sample_ids": sample_ids,
+        }
+        if latent_shape is not None:
+            shape = (batch_size, *latent_shape)
+            values["posterior_noise"] = tf.random.stateless_normal(shape, key(seed, step, "posterior"))
+        return values
+
+    return _endless(batch, start_step)
+
+
+def latent_batches(
+    latents,
+    captions,
+    vocabulary,
+    *,
+    batch_size,
+    seed,
+    caption_dropout,
+    start_step=0,
+    context=None,
+    posterior_sample=True,
+    ids=None,
+):
+    """Batches for the diffusion model, from cached latents.
+
+    Args:
+        latents: `Latents` of N pictures.
+        captions: N int32 arrays (n_i, T); each step uses one of a picture's captions.
+        vocabulary: The `Vocabulary` of the captions.
+        batch_size: B.
+        seed: Whole number.
+        caption_dropout: Share of captions replaced by the empty text, for classifier-free guidance.
+        start_step: As for `picture_batches`.
+        context: `TextContext` of a frozen text encoder, or None.
+        posterior_sample: Whether to sample the latents from their posterior; otherwise its mean.
+        ids: The pictures to use; default all.
+
+    Returns:
+        Infinite tf.data.Dataset of dicts: `latents`, `noise` float32 (B, h, w, C); `tokens` int32 (B, T), or with a
+        context `context` float32 (B, T, D); `mask` bool (B, T); `diffusion_times` float32 (B,), in [0, 1], one in each
+        B-th of it; `sample_ids` int64 (B,).
+    """
+    choose = _chooser(len(latents.mean), ids, batch_size, seed)
+    latents_of = _latents_gatherer(latents)
+    n_variants, *shape = latents.mean.shape[1:]
+    text_of, n_captions = _text_gatherer(captions, vocabulary, context)
+
+    def batch(step):
+        def uniform(purpose):
+            return tf.random.stateless_uniform([batch_size], key(seed, step, purpose))
+
+        def normal(purpose):
+            return tf.random.stateless_normal([batch_size, *shape], key(seed, step, purpose))
+
+        sample_ids = choose(step)
+        variant = tf.cast(uniform("variant") * n_variants, tf.int64)
+        counts = tf.gather(n_captions, sample_ids)
+        caption = tf.cast(uniform("caption") * tf.cast(counts, tf.float32), tf.int64)
+        dropped = uniform("caption dropout") < caption_dropout
+        return {
+            "latents": latents_of(sample_ids, variant, normal("posterior") if posterior_sample else None),
+            **text_of(sample_ids, caption, dropped),
+            "noise": normal("noise"),
+            "diffusion_times": _stratified_times(batch_size, seed, step),
+            "sample_ids": sample_ids,
+        }
+
+    return _endless(batch, start_step)
+
+
+def validation_batches(latents, captions, vocabulary, *, batch_size, seed, context=None, ids=None):
+    """One pass over frozen batches: values of two epochs differ only by the network.
+
+    The noise and time of a sample depend on the seed and its id alone. First caption, no dropout, first variant, the
+    posterior's mean. The last batch is filled up with its last sample, at weight 0.
+
+    Args:
+        latents, captions, vocabulary, batch_size, seed, context, ids: As for `latent_batches`.
+
+    Returns:
+        Finite tf.data.Dataset of the dicts of `latent_batches`, and `weight` float32 (B,): 1, or 0 for filling.
+    """
+    latents_of = _latents_gatherer(latents)
+    text_of, _ = _text_gatherer(captions, vocabulary, context)
+    shape = latents.mean.shape[2:]
+
+    def batch(sample_ids, weight):
+        first, kept = tf.zeros_like(sample_ids), tf.zeros_like(sample_ids, tf.bool)
+        return {
+            "latents": latents_of(sample_ids, first, None),
+            **text_of(sample_ids, first, kept),
+            "noise": _frozen_draw(tf.random.stateless_normal, shape, seed, "noise", sample_ids),
+            "diffusion_times": _frozen_draw(tf.random.stateless_uniform, [], seed, "time", sample_ids),
+            "sample_ids": sample_ids,
+            "weight": weight,
+        }
+
+    return _one_pass(batch, len(latents.mean), ids, batch_size)
+
+
+def picture_validation_batches(pictures, *, image_size, batch_size, seed, latent_shape=None, ids=None):
+    """One pass over the pictures as they are, for the autoencoder's validation; noise as in `validation_batches`.
+
+    Args:
+        pictures, image_size, batch_size, seed, latent_shape, ids: As for `picture_batches`.
+
+    Returns:
+        Finite tf.data.Dataset of the dicts of `picture_batches`, and `weight` float32 (B,): 1, or 0 for filling.
+    """
+    pictures_of = _gatherer(pictures)
+
+    def batch(sample_ids, weight):
+        values = {
+            "pixels": fit(to_pixels(pictures_of(sample_ids)), image_size),
+            "sample_ids": sample_ids,
+            "weight": weight,
+        }
+        if latent_shape is not None:
+            draw = tf.random.stateless_normal
+            values["posterior_noise"] = _frozen_draw(draw, latent_shape, seed, "posterior", sample_ids)
+        return values
+
+    return _one_pass(batch, len(pictures), ids, batch_size)
+
+
+def _one_pass(batch, n, ids, batch_size):
+    """batch(sample ids, weight) over all ids in their order; the last one filled up with its last id at weight 0."""
+    _check_batch_size(batch_size)
+    ids = np.asarray(np.arange(n) if ids is None else ids, np.int64)
+    n_batches = -(-len(ids) // batch_size)
+    place = np.arange(n_batches * batch_size)
+    filled = ids[np.minimum(place, len(ids) - 1)].reshape(n_batches, batch_size)
+    weights = (place < len(ids)).astype(np.float32).reshape(n_batches, batch_size)
+    return tf.data.Dataset.from_tensor_slices((filled, weights)).map(batch).prefetch(1)
+
+
+def _frozen_draw(draw, shape, seed, what, sample_ids):
+    """Stateless draws (B, *shape) of which row b depends on the seed and sample_ids[b] alone."""
+    return tf.map_fn(
+        lambda own: draw(shape, own),
+        keys(key(seed, 0, f"validation {what}"), sample_ids),
+        fn_output_signature=tf.TensorSpec(shape, tf.float32),
+    )
+
+
+def _endless(batch, start_step):
+    """batch(step) for step = start_step, start_step + 1, ...; computed ahead and in order."""
+    steps = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max)
+    batches = steps.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return batches.prefetch(tf.data.AUTOTUNE)
+
+
+def _chooser(n, ids, batch_size, seed):
+    """A function of the step that gives the sample ids of its batch."""
+    _check_batch_size(batch_size)
+    ids = _on_host(np.arange(n) if ids is None else np.asarray(ids, np.int64))
+    n_used = len(ids)
+    if not n_used:
+        raise InputError("no pictures to train on, expected at least one")
+    return lambda step: tf.gather(ids, sample_order(n_used, batch_size, step, seed))
+
+
+def _check_batch_size(batch_size):
+    if batch_size < 1:
+        raise InputError(f"batch size is {batch_size}, expected at least 1")
+
+
+def _gatherer(array):
+    """A function of ids (B,) that gives array[ids]; a large array is read where it lies."""
+    if array.nbytes <= LARGEST_IN_MEMORY:
+        tensor = _on_host(array)
+        return lambda ids: tf.gather(tensor, ids)
+
+    def gather(ids):
+        rows = tf.numpy_function(lambda chosen: array[chosen], [ids], array.dtype, stateful=False)
+        return tf.ensure_shape(rows, [ids.shape[0], *array.shape[1:]])
+
+    return gather
+
+
+def _on_host(array):
+    """A tensor in the memory of the host, where the pipeline runs, also when there is a GPU."""
+    with tf.device("CPU:0"):
+        return tf.constant(np.asarray(array))
+
+
+def _latents_gatherer(latents):
+    """A function of (sample ids, variants, noise or None) that gives latents (B, h, w, C)."""
+    n, n_variants, *shape = latents.mean.shape
+    mean_of, logvar_of = (_gatherer(part.reshape(n * n_variants, *shape)) for part in latents)
+
+    def gather(sample_ids, variant, noise):
+        rows = sample_ids * n_variants + variant
+        if noise is None:
+            return mean_of(rows)
+        return mean_of(rows) + tf.exp(0.5 * logvar_of(rows)) * noise
+
+    return gather
+
+
+def _text_gatherer(captions, vocabulary, context):
+    """(function of (sample ids, caption, dropped) that gives the text entries of a batch, counts of captions (N,))."""
+    table, counts = padded_captions(captions)  # (N, n, T)
+    n, n_most = table.shape[:2]
+    if context is None:
+        parts = {"tokens": (table, vocabulary.empty())}
+        parts["mask"] = (vocabulary.mask(table), vocabulary.mask(vocabulary.empty()))
+    else:
+        parts = {
+            "context": (context.context, context.null_context),
+            "mask": (context.mask, context.null_mask),
+        }
+    gatherers = {
+        name: (_gatherer(rows.reshape(n * n_most, *rows.shape[2:])), _on_host(null))
+        for name, (rows, null) in parts.items()
+    }
+
+    def gather(sample_ids, caption, dropped):
+        rows = sample_ids * n_most + caption
+        return {
+            name: tf.where(tf.reshape(dropped, [-1] + [1] * len(null.shape)), null, rows_of(rows))
+            for name, (rows_of, null) in gatherers.items()
+        }
+
+    return gather, _on_host(counts)
+
+
+def _stratified_times(batch_size, seed, step):
+    """Uniform in [0, 1], one time in each B-th, shuffled: less noise in the loss than independent times."""
+    offset = tf.random.stateless_uniform([batch_size], key(seed, step, "time"))
+    times = (tf.range(batch_size, dtype=tf.float32) + offset) / batch_size
+    return tf.random.experimental.stateless_shuffle(times, key(seed, step, "time order"))

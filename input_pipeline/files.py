@@ -1,0 +1,58 @@
+"""Fingerprints and files that are whole or absent."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from errors import InputError
+
+
+def fingerprint(*parts):
+    """sha256 of arrays and of anything that JSON can write, dicts in any order of keys.
+
+    Args:
+        *parts: numpy arrays (dtype and shape count), or dicts, lists, texts and numbers.
+
+    Returns:
+        str of 64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            digest.update(f"array {part.dtype.str} {part.shape}\n".encode())
+            digest.update(np.ascontiguousarray(part).data)
+        else:
+            digest.update(f"json {json.dumps(part, sort_keys=True)}\n".encode())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_file(path):
+    """Open a file for writing bytes that appears under its name only when the block ends well.
+
+    Raises:
+        InputError: the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"{path}: the disk is full, nothing was written") from None
+        if error.errno in (errno.EACCES, errno.EROFS):
+            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,267 @@
+"""Images -> numbers, with their protocol. Never generates, never loads a run."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import NamedTuple
+
+import keras
+import numpy as np
+
+from errors import InputError
+
+_NORMAL_97_5 = 1.959964  # quantile of the standard normal: a two-sided 95 % interval
+
+
+class Estimate(NamedTuple):
+    """A measured number and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self):
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+_UNKNOWN = Estimate(float("nan"), float("nan"), float("nan"))
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """All that a KID depends on besides the pictures; numbers of unlike protocols do not compare."""
+
+    network: str  # feature network
+    weights: str  # sha256 of its weights
+    resize: str  # filter
+    size: int  # side of the pictures that the network sees
+    n_real: int
+    n_generated: int
+    sampler: str
+    steps: int
+    guidance: float
+    ema: bool  # whether the averaged network drew
+    seed: int
+
+    def to_dict(self):
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, entries):
+        """Returns the protocol that `to_dict` wrote; raises InputError on missing or unknown keys."""
+        expected = {field.name for field in fields(cls)}
+        if set(entries) != expected:
+            raise InputError(f"protocol: received keys {sorted(entries)}, expected {sorted(expected)}")
+        return cls(**entries)
+
+    def require_same(self, other):
+        """Raises InputError, naming every key in which `other` differs, unless the two are equal."""
+        mine, others = self.to_dict(), other.to_dict()
+        unlike = [f"{key}: {mine[key]} against {others[key]}" for key in mine if mine[key] != others[key]]
+        if unlike:
+            raise InputError(f"numbers of unlike protocols do not compare: {', '.join(unlike)}")
+
+
+def kid(real, generated, *, block=1024):
+    """Kernel inception distance: the unbiased estimate of MMD^2 over all features at once.
+
+    Binkowski et al. 2018 (arXiv:1801.01401), with their kernel k(a, b) = (a.b / D + 1)^3; the estimator is
+    Gretton et al. 2012, eq. 3. It is unbiased, so it may be negative. One estimate over everything has less
+    variance than their average over subsets, which is the same thing with most of the pairs thrown away.
+
+    The interval is value +- 1.96 standard errors. Those come from the delete-one jackknife of a two-sample
+    U-statistic (Arvesen 1969; Efron & Stein 1981 show that its variance is never too small on average), which
+    needs no more than the row sums of the kernel matrices.
+
+    Arguments:
+        real: (N, D) features.
+        generated: (M, D) features.
+        block: rows of a kernel matrix held at once; bounds memory to block * max(N, M) numbers.
+
+    Returns:
+        Estimate; all NaN when a feature is not finite.
+
+    Raises:
+        ValueError: shapes that do not fit, or fewer than 3 pictures on a side.
+    """
+    real, generated = _checked_features(real), _checked_features(generated)
+    if real.shape[1] != generated.shape[1]:
+        raise ValueError(
+            f"features: received dimensions {real.shape[1]} and {generated.shape[1]}, expected one"
+        )
+    if not (np.isfinite(real).all() and np.isfinite(generated).all()):
+        return _UNKNOWN
+    return _estimate_from_sums(
+        within_real=_row_sums(real, real, block) - _self_kernel(real),
+        within_generated=_row_sums(generated, generated, block) - _self_kernel(generated),
+        real_to_generated=_row_sums(real, generated, block),
+        generated_to_real=_row_sums(generated, real, block),
+    )
+
+
+def kid_floor(real, *, n=None, seed=0, block=1024):
+    """KID between two disjoint random parts of the real pictures: what a perfect model would get.
+
+    Arguments:
+        real: (N, D) features.
+        n: pictures in each part; None is half of them. More than half is cut to half.
+        seed: of the split.
+        block: see `kid`.
+
+    Returns:
+        Estimate, whose expectation is 0; its interval tells how small a KID can be seen.
+    """
+    real = np.asarray(real)
+    half = min(n or len(real), len(real) // 2)
+    order = np.random.default_rng(seed).permutation(len(real))
+    return kid(real[order[:half]], real[order[half : 2 * half]], block=block)
+
+
+def _checked_features(features):
+    features = np.asarray(features, "float64")
+    if features.ndim != 2 or len(features) < 3:
+        raise ValueError(f"features: received shape {features.shape}, expected (at least 3, D)")
+    return features
+
+
+def _kernel(a, b):
+    return (a @ b.T / a.shape[1] + 1.0) ** 3
+
+
+def _row_sums(a, b, block):
+    """Returns sum over j of k(a_i, b_j), (N,), holding `block` rows of the kernel matrix at a time."""
+    return np.concatenate([_kernel(a[i : i + block], b).sum(axis=1) for i in range(0, len(a), block)])
+
+
+def _self_kernel(a):
+    return ((a * a).sum(axis=1) / a.shape[1] + 1.0) ** 3
+
+
+def _estimate_from_sums(within_real, within_generated, real_to_generated, generated_to_real):
+    n, m = len(within_real), len(within_generated)
+    in_real, in_generated = within_real.sum() / (n * (n - 1)), within_generated.sum() / (m * (m - 1))
+    across = real_to_generated.sum() / (n * m)
+    value = in_real + in_generated - 2 * across
+    # The estimate without picture i, for every i: its row (and column) leave the sums.
+    without_real = _mean_without(within_real) + in_generated - 2 * _cross_without(real_to_generated, m)
+    without_generated = in_real + _mean_without(within_generated) - 2 * _cross_without(generated_to_real, n)
+    error = np.sqrt(_jackknife_variance(without_real) + _jackknife_variance(without_generated))
+    return Estimate(float(value), float(value - _NORMAL_97_5 * error), float(value + _NORMAL_97_5 * error))
+
+
+def _mean_without(row_sums):
+    n = len(row_sums)
+    return (row_sums.sum() - 2 * row_sums) / ((n - 1) * (n - 2))
+
+
+def _cross_without(row_sums, columns):
+    return (row_sums.sum() - row_sums) / ((len(row_sums) - 1) * columns)
+
+
+def _jackknife_variance(estimates):
+    n = len(estimates)
+    return (n - 1) / n * np.square(estimates - estimates.mean()).sum()
+
+
+class KID(keras.metrics.Metric):
+    """KID as a Keras metric: gathers features on the host, gives one unbiased estimate over all of them.
+
+    Call it eagerly (a callback, an own loop): pictures leave the graph before they are measured. An average of
+    KID over batches would be noisy, and its noise would choose the checkpoint.
+
+    Arguments:
+        feature_network: images uint8 (B, H, W, 3) -> features (B, D), such as
+            `model.perceptual.FeatureNetwork`.
+        name: of the metric.
+    """
+
+    def __init__(self, feature_network, name="kid"):
+        super().__init__(name=name)
+        self.feature_network = feature_network
+        self._fixed_real = None
+        self.reset_state()
+
+    def set_real(self, features):
+        """Keeps the real pictures' features (N, D) for good, so that no epoch computes them again."""
+        self._fixed_real = _checked_features(features)
+
+    def update_state(self, real_images, generated_images, sample_weight=None):
+        """Gathers pictures, uint8 (B, H, W, 3). `real_images` is None once `set_real` was called, and only then.
+
+        Raises:
+            ValueError: real pictures given twice or not at all; `sample_weight` given.
+        """
+        if sample_weight is not None:
+            raise ValueError("KID: received sample_weight, expected None; every picture counts once")
+        if (real_images is None) != (self._fixed_real is not None):
+            raise ValueError(
+                "KID: real pictures come either from set_real or from update_state, not both or neither"
+            )
+        if real_images is not None:
+            self._real.append(self.feature_network(real_images))
+        self._generated.append(self.feature_network(generated_images))
+
+    def result(self):
+        """Returns the value alone; NaN while fewer than 3 pictures are gathered."""
+        return self.estimate().value
+
+    def estimate(self):
+        """Returns the Estimate with its interval; NaN while fewer than 3 pictures are gathered."""
+        real, generated = self._gathered_real(), self._gathered_generated()
+        if min(len(real), len(generated)) < 3:
+            return _UNKNOWN
+        return kid(real, generated)
+
+    def floor(self, seed=0):
+        """Returns the real-against-real Estimate with as many pictures a side as were generated, if there are."""
+        real, n = self._gathered_real(), len(self._gathered_generated())
+        if len(real) < 6:
+            return _UNKNOWN
+        return kid_floor(real, n=max(n, 3), seed=seed)
+
+    def reset_state(self):
+        """Forgets what was gathered; what `set_real` was given stays."""
+        self._real, self._generated = [], []
+
+    def _gathered_real(self):
+        return _joined(self._real) if self._fixed_real is None else self._fixed_real
+
+    def _gathered_generated(self):
+        return _joined(self._generated)
+
+
+def _joined(batches):
+    return np.concatenate(batches) if batches else np.empty((0, 1))
+
+
+def psnr(images_a, images_b):
+    """Peak signal-to-noise ratio in dB, the mean over pictures with its interval.
+
+    Arguments:
+        images_a, images_b: uint8 (B, H, W, 3) of one shape.
+
+    Returns:
+        Estimate: mean of 10 log10(255^2 / MSE) over pictures +- 1.96 standard errors; infinite where a pair is
+        equal, and with an infinite interval for a single pair.
+
+    Raises:
+        ValueError: dtypes or shapes that do not fit, or no picture.
+    """
+    if not (
+        images_a.dtype == images_b.dtype == np.uint8 and images_a.shape == images_b.shape and len(images_a)
+    ):
+        received = f"{images_a.dtype} {images_a.shape} and {images_b.dtype} {images_b.shape}"
+        raise ValueError(f"psnr: received {received}, expected equal shapes of uint8 and a picture at least")
+    differences = images_a.astype("float32") - images_b.astype("float32")
+    errors = np.square(differences).mean(axis=(1, 2, 3), dtype="float64")
+    with np.errstate(divide="ignore"):
+        decibels = 10 * np.log10(255.0**2 / errors)
+    return _mean_estimate(decibels)
+
+
+def _mean_estimate(values):
+    mean = float(values.mean())
+    if not np.isfinite(mean):
+        return Estimate(mean, mean, mean)
+    if len(values) == 1:
+        return Estimate(mean, float("-inf"), float("inf"))
+    error = float(values.std(ddof=1) / np.sqrt(len(values)))
+    return Estimate(mean, mean - _NORMAL_97_5 * error, mean + _NORMAL_97_5 * error)

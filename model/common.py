@@ -1,0 +1,244 @@
+"""Blocks that two networks or more share: normalisation, residual and attention blocks, resampling.
+
+Written with `keras.ops`. Every block names its layers, so that the path of a variable is the same in every
+process; the names are those of the Stable Diffusion family (`resnets`, `to_q`, `ff`), which users of its
+weights know.
+"""
+
+import math
+
+import keras
+from keras import ops
+
+MASKED_SCORE = -1e9
+
+
+class GroupNorm(keras.layers.Layer):
+    """Group normalisation (Wu & He 2018), folded into one multiply and one add per element.
+
+    Statistics are taken in float32 whatever the layer computes in.
+
+    Args:
+        groups: number of groups; it must divide the channels.
+        epsilon: added to the variance.
+
+    Call: x (B, H, W, C) -> (B, H, W, C).
+
+    Raises:
+        ValueError: when the channels are not a multiple of `groups`.
+    """
+
+    def __init__(self, groups, epsilon=1e-5, **kwargs):
+        super().__init__(**kwargs)
+        self.groups, self.epsilon = groups, epsilon
+
+    def build(self, input_shape):
+        channels = input_shape[-1]
+        if channels % self.groups:
+            raise ValueError(f"GroupNorm needs channels divisible by {self.groups}. Received: {channels}")
+        self.gamma = self.add_weight(shape=(channels,), initializer="ones", name="gamma")
+        self.beta = self.add_weight(shape=(channels,), initializer="zeros", name="beta")
+
+    def call(self, x):
+        # B batch, H W place, C channels, G groups
+        channels = x.shape[-1]
+        values = ops.cast(x, "float32")
+        mean = self._over_group(ops.mean(values, axis=(1, 2)), channels)  # (B, 1, 1, C)
+        centred = values - mean
+        variance = self._over_group(ops.mean(ops.square(centred), axis=(1, 2)), channels)
+        scale = ops.cast(self.gamma, "float32") * ops.rsqrt(variance + self.epsilon)
+        return ops.cast(centred * scale + ops.cast(self.beta, "float32"), self.compute_dtype)
+
+    def _over_group(self, statistic, channels):
+        """(B, C) of channels -> (B, 1, 1, C) where every channel holds its group's mean."""
+        width = channels // self.groups
+        grouped = ops.mean(ops.reshape(statistic, (-1, self.groups, width)), axis=-1)  # (B, G)
+        return ops.reshape(ops.repeat(grouped, width, axis=-1), (-1, 1, 1, channels))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "groups": self.groups, "epsilon": self.epsilon}
+
+
+def conv3(channels, name, strides=1, **kwargs):
+    """A 3x3 convolution that keeps the size (or halves it, with strides 2)."""
+    return keras.layers.Conv2D(channels, 3, strides=strides, padding="same", name=name, **kwargs)
+
+
+class ResidualBlock(keras.layers.Layer):
+    """Normalise, SiLU, convolve, twice; the time embedding is added in between (Ho et al. 2020).
+
+    Args:
+        channels: output channels; a 1x1 convolution widens the shortcut when they differ from the input's.
+        groups: groups of its normalisations.
+        epsilon: of its normalisations.
+
+    Call: x (B, H, W, Cin), optional embedding (B, E) -> (B, H, W, channels).
+    """
+
+    def __init__(self, channels, groups=32, epsilon=1e-5, **kwargs):
+        super().__init__(**kwargs)
+        self.channels, self.groups, self.epsilon = channels, groups, epsilon
+        self.norm1 = GroupNorm(groups, epsilon, name="norm1", dtype=self.dtype_policy)
+        self.conv1 = conv3(channels, "conv1", dtype=self.dtype_policy)
+        self.norm2 = GroupNorm(groups, epsilon, name="norm2", dtype=self.dtype_policy)
+        self.conv2 = conv3(channels, "conv2", kernel_initializer="zeros", dtype=self.dtype_policy)
+        self.shortcut = self.time_projection = None
+
+    def build(self, x_shape, embedding_shape=None):
+        self.norm1.build(x_shape)
+        self.conv1.build(x_shape)
+        inner = (*x_shape[:-1], self.channels)
+        self.norm2.build(inner)
+        self.conv2.build(inner)
+        if x_shape[-1] != self.channels:
+            self.shortcut = keras.layers.Conv2D(
+                self.channels, 1, name="conv_shortcut", dtype=self.dtype_policy
+            )
+            self.shortcut.build(x_shape)
+        if embedding_shape is not None:
+            self.time_projection = keras.layers.Dense(
+                self.channels, name="time_emb_proj", dtype=self.dtype_policy
+            )
+            self.time_projection.build(embedding_shape)
+
+    def call(self, x, embedding=None):
+        h = self.conv1(ops.silu(self.norm1(x)))
+        if embedding is not None:
+            h = h + self.time_projection(ops.silu(embedding))[:, None, None, :]
+        h = self.conv2(ops.silu(self.norm2(h)))
+        return h + (x if self.shortcut is None else self.shortcut(x))
+
+    def compute_output_shape(self, x_shape, embedding_shape=None):
+        return (*x_shape[:-1], self.channels)
+
+    def get_config(self):
+        own = {"channels": self.channels, "groups": self.groups, "epsilon": self.epsilon}
+        return {**super().get_config(), **own}
+
+
+class Attention(keras.layers.Layer):
+    """Multi-head attention of a sequence over itself or over a context (Vaswani et al. 2017).
+
+    Args:
+        width: channels of the queries and of the output.
+        heads: number of heads; it must divide `width`.
+        qkv_bias: whether queries, keys and values have a bias.
+
+    Call: x (B, N, width), context (B, T, D) or None for x itself, mask (B, T) bool, True where the context
+    may be looked at -> (B, N, width).
+    """
+
+    def __init__(self, width, heads, qkv_bias=False, **kwargs):
+        super().__init__(**kwargs)
+        if width % heads:
+            raise ValueError(f"Attention needs a width divisible by its heads. Received: {width} and {heads}")
+        self.width, self.heads, self.qkv_bias = width, heads, qkv_bias
+        self.to_q, self.to_k, self.to_v = (
+            keras.layers.Dense(width, use_bias=qkv_bias, name=name, dtype=self.dtype_policy)
+            for name in ("to_q", "to_k", "to_v")
+        )
+        self.to_out = keras.layers.Dense(width, name="to_out", dtype=self.dtype_policy)
+
+    def build(self, x_shape, context_shape=None, mask_shape=None):
+        context_shape = x_shape if context_shape is None else context_shape
+        self.to_q.build(x_shape)
+        self.to_k.build(context_shape)
+        self.to_v.build(context_shape)
+        self.to_out.build((*x_shape[:-1], self.width))
+
+    def call(self, x, context=None, mask=None):
+        # B batch, N queries, T keys, H heads, D width of a head
+        context = x if context is None else context
+        q, k, v = self._split(self.to_q(x)), self._split(self.to_k(context)), self._split(self.to_v(context))
+        scores = ops.cast(ops.einsum("bnhd,bthd->bhnt", q, k), "float32")
+        scores = scores / math.sqrt(self.width // self.heads)
+        if mask is not None:
+            scores = ops.where(mask[:, None, None, :], scores, MASKED_SCORE)
+        weights = ops.cast(ops.softmax(scores, axis=-1), self.compute_dtype)
+        mixed = ops.einsum("bhnt,bthd->bnhd", weights, v)
+        return self.to_out(ops.reshape(mixed, (-1, ops.shape(x)[1], self.width)))
+
+    def _split(self, sequence):
+        return ops.reshape(
+            sequence, (-1, ops.shape(sequence)[1], self.heads, self.width // self.heads)
+        )  # (B, N, H, D)
+
+    def compute_output_shape(self, x_shape, context_shape=None, mask_shape=None):
+        return (*x_shape[:-1], self.width)
+
+    def get_config(self):
+        return {**super().get_config(), "width": self.width, "heads": self.heads, "qkv_bias": self.qkv_bias}
+
+
+def flatten_places(x):
+    """(B, H, W, C) -> (B, H*W, C)."""
+    _, height, width, channels = ops.shape(x)
+    return ops.reshape(x, (-1, height * width, channels))
+
+
+class Upsample(keras.layers.Layer):
+    """Doubles height and width by repeating pixels, then convolves 3x3.
+
+    Args:
+        channels: output channels.
+
+    Call: x (B, H, W, C) -> (B, 2H, 2W, channels).
+    """
+
+    def __init__(self, channels, **kwargs):
+        super().__init__(**kwargs)
+        self.channels = channels
+        self.conv = conv3(channels, "conv", dtype=self.dtype_policy)
+
+    def build(self, input_shape):
+        self.conv.build(input_shape)
+
+    def call(self, x):
+        # Every pixel becomes a 2x2 patch by broadcasting, which is cheaper than `ops.repeat`.
+        batch, height, width, channels = ops.shape(x)
+        patches = ops.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
+        return self.conv(ops.reshape(patches, (-1, 2 * height, 2 * width, channels)))
+
+    def compute_output_shape(self, input_shape):
+        batch, height, width, _ = input_shape
+        return (batch, height and 2 * height, width and 2 * width, self.channels)
+
+    def get_config(self):
+        return {**super().get_config(), "channels": self.channels}
+
+
+class Downsample(keras.layers.Layer):
+    """Halves height and width by a 3x3 convolution of stride 2.
+
+    Args:
+        channels: output channels.
+        symmetric: pad one pixel on every side (the U-Net of Stable Diffusion) instead of only below and to
+            the right (its autoencoder).
+
+    Call: x (B, H, W, C) -> (B, H/2, W/2, channels).
+    """
+
+    def __init__(self, channels, symmetric=False, **kwargs):
+        super().__init__(**kwargs)
+        self.channels, self.symmetric = channels, symmetric
+        self.conv = keras.layers.Conv2D(
+            channels, 3, strides=2, padding="valid", name="conv", dtype=self.dtype_policy
+        )
+
+    def build(self, input_shape):
+        self.conv.build(input_shape)
+
+    def call(self, x):
+        before = 1 if self.symmetric else 0
+        return self.conv(ops.pad(x, ((0, 0), (before, 1), (before, 1), (0, 0))))
+
+    def compute_output_shape(self, input_shape):
+        batch, height, width, _ = input_shape
+        before = int(self.symmetric)
+        return (batch, height and (height + before) // 2, width and (width + before) // 2, self.channels)
+
+    def get_config(self):
+        return {**super().get_config(), "channels": self.channels, "symmetric": self.symmetric}

@@ -1,0 +1,226 @@
+"""The U-Net: noisy latents, a time and a context in; a prediction of the latents' shape out.
+
+Time embedding, residual blocks, self- and cross-attention as in Rombach et al. 2022; a table of levels makes
+the tiny one of the default preset and the Cup's 128-256-512-512 the same class.
+"""
+
+import math
+
+import keras
+from keras import ops
+
+from model.common import Attention, Downsample, GroupNorm, ResidualBlock, Upsample, conv3, flatten_places
+
+TIME_STEPS = 1000.0  # a time of 1 is embedded as the step 1000 of the discrete chains
+
+
+class TimeEmbedding(keras.layers.Layer):
+    """Sinusoidal embedding of the time (Ho et al. 2020), then two dense layers.
+
+    Args:
+        features: number of sines and cosines.
+        width: width E of the embedding.
+
+    Call: times (B,) in [0, 1] -> (B, E).
+    """
+
+    def __init__(self, features, width, **kwargs):
+        super().__init__(**kwargs)
+        self.features, self.width = features, width
+        self.linear_1 = keras.layers.Dense(width, activation="silu", name="linear_1", dtype=self.dtype_policy)
+        self.linear_2 = keras.layers.Dense(width, name="linear_2", dtype=self.dtype_policy)
+
+    def build(self, times_shape):
+        self.linear_1.build((times_shape[0], self.features))
+        self.linear_2.build((times_shape[0], self.width))
+
+    def call(self, times):
+        # angle_k = 1000 t / 10000^(k / K), K = features / 2
+        half = self.features // 2
+        frequencies = ops.exp(-math.log(10000.0) * ops.arange(half, dtype="float32") / half)
+        angles = TIME_STEPS * ops.cast(times, "float32")[:, None] * frequencies  # (B, K)
+        waves = ops.concatenate([ops.cos(angles), ops.sin(angles)], axis=-1)
+        return self.linear_2(self.linear_1(waves))
+
+    def compute_output_shape(self, times_shape):
+        return (times_shape[0], self.width)
+
+    def get_config(self):
+        return {**super().get_config(), "features": self.features, "width": self.width}
+
+
+class FeedForward(keras.layers.Layer):
+    """GEGLU feed-forward block (Shazeer 2020): (B, N, width) -> (B, N, width)."""
+
+    def __init__(self, width, expansion=4, **kwargs):
+        super().__init__(**kwargs)
+        self.width, self.expansion = width, expansion
+        self.proj = keras.layers.Dense(2 * expansion * width, name="net.0.proj", dtype=self.dtype_policy)
+        self.out = keras.layers.Dense(width, name="net.2", dtype=self.dtype_policy)
+
+    def build(self, input_shape):
+        self.proj.build(input_shape)
+        self.out.build((*input_shape[:-1], self.expansion * self.width))
+
+    def call(self, x):
+        value, gate = ops.split(self.proj(x), 2, axis=-1)
+        return self.out(value * ops.gelu(gate, approximate=False))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "width": self.width, "expansion": self.expansion}
+
+
+class TransformerBlock(keras.layers.Layer):
+    """Self-attention over places, cross-attention to the context, feed-forward, all residual.
+
+    Args:
+        channels: channels of the feature map.
+        heads: attention heads.
+        groups: groups of the first normalisation.
+        expansion: width of the feed-forward part as a multiple of `channels`.
+
+    Call: x (B, H, W, C), context (B, T, D), mask (B, T) -> (B, H, W, C).
+    """
+
+    def __init__(self, channels, heads, groups=32, expansion=4, **kwargs):
+        super().__init__(**kwargs)
+        self.channels, self.heads, self.groups, self.expansion = channels, heads, groups, expansion
+        policy = {"dtype": self.dtype_policy}
+        self.norm = GroupNorm(groups, 1e-6, name="norm", **policy)
+        self.proj_in = keras.layers.Dense(channels, name="proj_in", **policy)
+        self.norms = [
+            keras.layers.LayerNormalization(epsilon=1e-5, name=f"norm{i}", **policy) for i in (1, 2, 3)
+        ]
+        self.attn1 = Attention(channels, heads, name="attn1", **policy)
+        self.attn2 = Attention(channels, heads, name="attn2", **policy)
+        self.ff = FeedForward(channels, expansion, name="ff", **policy)
+        self.proj_out = keras.layers.Dense(channels, kernel_initializer="zeros", name="proj_out", **policy)
+
+    def build(self, x_shape, context_shape, mask_shape=None):
+        sequence = (x_shape[0], None, self.channels)
+        self.norm.build(x_shape)
+        for layer in (self.proj_in, *self.norms, self.attn1, self.ff, self.proj_out):
+            layer.build(sequence)
+        self.attn2.build(sequence, context_shape)
+
+    def call(self, x, context, mask=None):
+        h = self.proj_in(flatten_places(self.norm(x)))  # (B, H*W, C)
+        h = h + self.attn1(self.norms[0](h))
+        h = h + self.attn2(self.norms[1](h), context, mask)
+        h = h + self.ff(self.norms[2](h))
+        return x + ops.reshape(self.proj_out(h), ops.shape(x))
+
+    def compute_output_shape(self, x_shape, context_shape, mask_shape=None):
+        return x_shape
+
+    def get_config(self):
+        own = {
+            "channels": self.channels,
+            "heads": self.heads,
+            "groups": self.groups,
+            "expansion": self.expansion,
+        }
+        return {**super().get_config(), **own}
+
+
+class UNet(keras.Model):
+    """Predicts what the diffusion process asks for from noisy latents (Rombach et al. 2022, section 3.2).
+
+    Args:
+        latent_channels: channels C of the latents.
+        level_channels: channels of each level, finest first; each level but the last halves the size.
+        attention_levels: for each level, whether its blocks attend.
+        blocks: residual blocks a level on the way down (one more on the way up).
+        head_channels: channels a head of the attention.
+        context_shape: (T, D) of the context.
+        groups: groups of the normalisations.
+        ff_expansion: width of the feed-forward parts as a multiple of the channels.
+
+    Call: [latents (B, h, w, C), times (B,), context (B, T, D), mask (B, T)] -> (B, h, w, C), float32.
+
+    Raises:
+        ValueError: when `attention_levels` and `level_channels` differ in length.
+    """
+
+    def __init__(
+        self,
+        latent_channels=4,
+        level_channels=(96, 192),
+        attention_levels=(True, True),
+        blocks=1,
+        head_channels=32,
+        context_shape=(20, 128),
+        groups=32,
+        ff_expansion=4,
+        name="unet",
+    ):
+        if len(attention_levels) != len(level_channels):
+            raise ValueError(
+                "UNet needs one attention flag a level. "
+                f"Received: attention_levels={attention_levels}, level_channels={level_channels}"
+            )
+
+        # Inputs
+        latents = keras.Input((None, None, latent_channels), name="latents")
+        times = keras.Input((), name="times")
+        context = keras.Input(context_shape, name="context")
+        mask = keras.Input((context_shape[0],), dtype="bool", name="mask")
+        width = level_channels[0]
+        embedding = TimeEmbedding(width, 4 * width, name="time_embedding")(times)
+
+        def block(x, channels, attends, place, index):
+            x = ResidualBlock(channels, groups, name=f"{place}.resnets.{index}")(x, embedding)
+            if attends:
+                x = TransformerBlock(
+                    channels,
+                    channels // head_channels,
+                    groups,
+                    ff_expansion,
+                    name=f"{place}.attentions.{index}",
+                )(x, context, mask)
+            return x
+
+        # Down
+        x = conv3(width, "conv_in")(latents)
+        skips = [x]
+        table = list(zip(level_channels, attention_levels, strict=True))
+        for level, (channels, attends) in enumerate(table):
+            for index in range(blocks):
+                x = block(x, channels, attends, f"down_blocks.{level}", index)
+                skips.append(x)
+            if level < len(table) - 1:
+                x = Downsample(channels, symmetric=True, name=f"down_blocks.{level}.downsamplers.0")(x)
+                skips.append(x)
+
+        # Middle
+        x = block(x, level_channels[-1], True, "mid_block", 0)
+        x = block(x, level_channels[-1], False, "mid_block", 1)
+
+        # Up
+        for level, (channels, attends) in enumerate(reversed(table)):
+            for index in range(blocks + 1):
+                x = ops.concatenate([x, skips.pop()], axis=-1)
+                x = block(x, channels, attends, f"up_blocks.{level}", index)
+            if level < len(table) - 1:
+                x = Upsample(channels, name=f"up_blocks.{level}.upsamplers.0")(x)
+
+        x = ops.silu(GroupNorm(groups, 1e-5, name="conv_norm_out")(x))
+        out = conv3(latent_channels, "conv_out", kernel_initializer="zeros", dtype="float32")(x)
+        super().__init__([latents, times, context, mask], out, name=name)
+        self._arguments = {
+            "latent_channels": latent_channels,
+            "level_channels": level_channels,
+            "attention_levels": attention_levels,
+            "blocks": blocks,
+            "head_channels": head_channels,
+            "context_shape": context_shape,
+            "groups": groups,
+            "ff_expansion": ff_expansion,
+            "name": name,
+        }
+
+    def get_config(self):
+        return dict(self._arguments)

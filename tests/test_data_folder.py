@@ -1,0 +1,219 @@
+"""Layouts of captioned pictures: each is read to what was laid out, and each fault is named at the door."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from errors import InputError
+from input_pipeline.data_folder import load_data
+
+WORDS = ["<PAD>", "flower", "petals", "pink", "<PAD>", "<RARE>"]  # padding is '4'
+REAL = os.environ.get("CUP3_REAL_DATA")
+
+
+def row(*ids):
+    return [str(i) for i in ids] + ["4"] * (20 - len(ids))
+
+
+def cup3(
+    root, captions=None, images=("./102flowers/image_00001.jpg", "./102flowers/image_00002.jpg"), tests=True
+):
+    """Write two pictures with their captions in the Cup3 layout."""
+    for folder in ("dataset", "dictionary", "102flowers"):
+        (root / folder).mkdir(parents=True)
+    for number in (1, 2):
+        Image.new("RGB", (16, 16)).save(root / "102flowers" / f"image_{number:05}.jpg")
+    np.save(root / "dictionary" / "word2Id.npy", np.array([(word, str(i)) for i, word in enumerate(WORDS)]))
+    captions = [[row(1, 2), row(3)], [row(5, 0, 1)]] if captions is None else captions
+    table = pd.DataFrame({"Captions": captions, "ImagePath": list(images)})
+    table.to_pickle(root / "dataset" / "text2ImgData.pkl")
+    if tests:
+        test_table = pd.DataFrame({"ID": [7, 9], "Captions": [row(1), row(2, 3)]})
+        test_table.to_pickle(root / "dataset" / "testData.pkl")
+    return root
+
+
+def refused(folder, *parts):
+    with pytest.raises(InputError) as refusal:
+        load_data(folder)
+    message = str(refusal.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(("laid", "given"), [(".", "."), ("dataset", "dataset"), ("dataset", ".")])
+def test_cup3_layout_in_both_arrangements(tmp_path, laid, given):
+    root = cup3(tmp_path / laid)
+    data = load_data(tmp_path / given)
+    assert data.paths == tuple(root / "102flowers" / f"image_0000{number}.jpg" for number in (1, 2))
+    assert [rows[:, :3].tolist() for rows in data.captions] == [[[1, 2, 4], [3, 4, 4]], [[5, 4, 1]]]
+    assert all(rows.dtype == np.int32 and rows.shape[1] == 20 for rows in data.captions)
+    assert data.test_ids.tolist() == [7, 9]
+    assert data.vocabulary.decode(data.test_tokens) == ["flower", "petals pink"]
+
+
+def test_tests_may_be_absent(tmp_path):
+    data = load_data(cup3(tmp_path / "d", tests=False))
+    assert data.test_ids is None and data.test_tokens is None
+
+
+def test_a_linked_data_folder_is_fine(tmp_path):
+    (tmp_path / "link").symlink_to(cup3(tmp_path / "d"))
+    assert len(load_data(tmp_path / "link").paths) == 2
+
+
+@pytest.mark.parametrize(
+    ("captions", "parts"),
+    [
+        ([[row(1)], [row(1), row(6)]], ["row 1", "id 6", "expected 0 to 5"]),
+        ([[row(1)], [row(-1)]], ["row 1", "id -1"]),
+        ([[row(1)], [row("rose")]], ["row 1", "'rose'"]),
+        ([[row(1)[:19]], [row(1)]], ["row 0", "a list of 20 ids"]),
+        ([[row(1)], []], ["row 1", "[]", "expected a list of captions"]),
+        ([[row(1)], "flower"], ["row 1", "'flower'"]),
+        ([[row(1)], [row()]], ["row 1", "empty caption"]),
+        ([[row(1)], [row(0, 0)]], ["row 1", "empty caption"]),
+        ([[row(1)], row(1)], ["row 1", "caption '1'"]),
+    ],
+)
+def test_refuses_captions(tmp_path, captions, parts):
+    refused(cup3(tmp_path / "d", captions), "text2ImgData.pkl", *parts)
+
+
+@pytest.mark.parametrize(
+    ("image", "parts"),
+    [
+        ("./102flowers/image_00009.jpg", ["row 1", "image_00009.jpg does not exist"]),
+        ("../secret.jpg", ["row 1", "'../secret.jpg'", "leaves the data folder"]),
+        ("102flowers/../../secret.jpg", ["row 1", "leaves the data folder"]),
+        ("/etc/hostname", ["row 1", "'/etc/hostname'", "leaves the data folder"]),
+        ("..\\secret.jpg", ["row 1", "leaves the data folder"]),
+        ("102flowers/link.jpg", ["row 1", "link out of the data folder"]),
+        ("linked/secret.jpg", ["row 1", "link out of the data folder"]),
+        ("102flowers", ["row 1", "does not exist"]),
+        ("", ["row 1", "''"]),
+    ],
+)
+def test_refuses_image_paths(tmp_path, image, parts):
+    (tmp_path / "outside").mkdir()
+    for secret in (tmp_path / "secret.jpg", tmp_path / "outside" / "secret.jpg"):
+        Image.new("RGB", (16, 16)).save(secret)
+    root = cup3(tmp_path / "d", images=("./102flowers/image_00001.jpg", image))
+    (root / "102flowers" / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    (root / "linked").symlink_to(tmp_path / "outside")
+    refused(root, "text2ImgData.pkl", *parts)
+
+
+def test_refuses_missing_columns_and_empty_tables(tmp_path):
+    root = cup3(tmp_path / "d")
+    file = root / "dataset" / "text2ImgData.pkl"
+    pd.DataFrame({"Captions": [[row(1)]], "Image": ["a"]}).to_pickle(file)
+    refused(root, "text2ImgData.pkl", "column ImagePath is missing", "received Captions, Image")
+    pd.DataFrame({"Captions": [], "ImagePath": []}).to_pickle(file)
+    refused(root, "text2ImgData.pkl", "has no rows")
+    file.write_bytes(file.read_bytes()[:-9])
+    refused(root, "text2ImgData.pkl", "truncated")
+
+
+def test_refuses_bad_tests(tmp_path):
+    root = cup3(tmp_path / "d")
+    file = root / "dataset" / "testData.pkl"
+    pd.DataFrame({"ID": [1, 2], "Captions": [row(1), row(8)]}).to_pickle(file)
+    refused(root, "testData.pkl", "row 1", "id 8")
+    pd.DataFrame({"ID": ["a"], "Captions": [row(1)]}).to_pickle(file)
+    refused(root, "testData.pkl", "column ID", "expected whole numbers")
+    pd.DataFrame({"Captions": [row(1)]}).to_pickle(file)
+    refused(root, "testData.pkl", "column ID is missing")
+
+
+def test_refuses_missing_folders_and_dictionaries(tmp_path):
+    refused(tmp_path / "none", "none", "is no folder")
+    refused(tmp_path, str(tmp_path), "holds neither")
+    root = cup3(tmp_path / "d")
+    (root / "dictionary" / "word2Id.npy").write_bytes(b"junk")
+    refused(root, "word2Id.npy", "cannot be read as a dictionary")
+    (root / "dictionary" / "word2Id.npy").unlink()
+    refused(root, "word2Id.npy", "cannot be read as a dictionary")
+
+
+ROWS = [("a.png", "A red rose."), ("sub/b.png", "two, tulips"), ("a.png", "a rose")]
+
+
+def metadata(folder, kind, rows=ROWS, names=("file_name", "text")):
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.png", "sub/b.png"):
+        Image.new("RGB", (16, 16)).save(folder / name)
+    if kind == "csv":
+        pd.DataFrame(rows, columns=names).to_csv(folder / "metadata.csv", index=False)
+    else:
+        lines = [json.dumps(dict(zip(names, values, strict=True))) for values in rows]
+        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_folder_with_metadata(tmp_path, kind):
+    data = load_data(metadata(tmp_path / "d", kind))
+    assert data.paths == (tmp_path / "d" / "a.png", tmp_path / "d" / "sub" / "b.png")
+    assert [data.vocabulary.decode(rows) for rows in data.captions] == [
+        ["a red rose", "a rose"],
+        ["two tulips"],
+    ]
+    assert data.vocabulary.words[1:3] == ("a", "rose")
+    assert data.test_ids is None
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize(
+    ("rows", "parts"),
+    [
+        ([("a.png", "rose"), ("c.png", "rose")], ["row 1", "c.png does not exist"]),
+        ([("a.png", "rose"), ("../c.png", "rose")], ["row 1", "leaves the data folder"]),
+        ([("a.png", " .,"), ("a.png", "rose")], ["row 0", "expected a caption"]),
+        ([("a.png", ""), ("a.png", "rose")], ["row 0", "expected a caption"]),
+        ([], ["has no rows"]),
+    ],
+)
+def test_refuses_metadata_rows(tmp_path, kind, rows, parts):
+    refused(metadata(tmp_path / "d", kind, rows), f"metadata.{kind}", *parts)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_refuses_metadata_without_the_columns(tmp_path, kind):
+    folder = metadata(tmp_path / "d", kind, names=("file", "text"))
+    refused(folder, f"metadata.{kind}", "column file_name is missing", "received file, text")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("metadata.jsonl", b'{"file_name": "a.png", "text": "rose"}\n{"file', ["line 2", "no JSON"]),
+        ("metadata.jsonl", b"[1]", ["line 1", "expected an object"]),
+        ("metadata.jsonl", b"\xff\xff", ["cannot be read as UTF-8"]),
+        ("metadata.jsonl", b"", ["has no rows"]),
+        ("metadata.csv", b"file_name,text\na.png,\xff", ["cannot be read as CSV in UTF-8"]),
+        ("metadata.csv", b"file_name,text\na.png\n", ["row 0", "expected a caption"]),
+        ("metadata.csv", b"", ["column file_name is missing"]),
+    ],
+)
+def test_refuses_damaged_metadata(tmp_path, name, content, parts):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    (tmp_path / name).write_bytes(content)
+    refused(tmp_path, name, *parts)
+
+
+@pytest.mark.skipif(REAL is None, reason="CUP3_REAL_DATA is not set")
+def test_the_real_flowers():
+    data = load_data(Path(REAL) / "cup3_flowers")
+    assert len(data.paths) == len(data.captions) == 7370
+    assert {rows.shape for rows in data.captions} == {(5, 20)}
+    assert data.test_tokens.shape == (819, 20) and data.vocabulary.size == 5429
+    first = pd.read_pickle(Path(REAL) / "cup3_flowers" / "dataset" / "text2ImgData.pkl").iloc[0]
+    assert data.captions[0].tolist() == [[int(i) for i in caption] for caption in first["Captions"]]
+    assert data.paths[0].name == Path(first["ImagePath"]).name

@@ -1,0 +1,232 @@
+"""KID against its definition, its closed form and its own interval; protocols; PSNR."""
+
+import itertools
+import json
+import math
+
+import keras
+import numpy as np
+import pytest
+
+import metrics
+from errors import InputError
+from metrics import KID, Estimate, Protocol, kid, kid_floor, psnr
+
+
+def kernel(a, b):
+    return (float(np.dot(a, b)) / len(a) + 1) ** 3
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def definition(real, generated):
+    """Gretton et al. 2012, eq. 3, pair by pair."""
+    within_real = mean(kernel(a, b) for a, b in itertools.permutations(real, 2))
+    within_generated = mean(kernel(a, b) for a, b in itertools.permutations(generated, 2))
+    return (
+        within_real + within_generated - 2 * mean(kernel(a, b) for a, b in itertools.product(real, generated))
+    )
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def test_kid_is_its_definition(rng):
+    real, generated = rng.normal(size=(6, 4)), rng.normal(0.5, size=(9, 4))
+    assert kid(real, generated).value == pytest.approx(definition(real, generated), rel=1e-12)
+
+
+def test_the_interval_is_the_delete_one_jackknife(rng):
+    real, generated = rng.normal(size=(5, 3)), rng.normal(0.5, size=(8, 3))
+
+    def variance(estimates):
+        return (len(estimates) - 1) / len(estimates) * np.square(estimates - np.mean(estimates)).sum()
+
+    without_real = [definition(np.delete(real, i, 0), generated) for i in range(5)]
+    without_generated = [definition(real, np.delete(generated, i, 0)) for i in range(8)]
+    error = math.sqrt(variance(without_real) + variance(without_generated))
+    value, low, high = kid(real, generated)
+    assert value - low == pytest.approx(1.959964 * error, rel=1e-9)
+    assert high - value == pytest.approx(1.959964 * error, rel=1e-9)
+
+
+def test_blocks_change_nothing(rng):
+    real, generated = rng.normal(size=(23, 4)), rng.normal(size=(17, 4))
+    assert kid(real, generated, block=5) == pytest.approx(kid(real, generated), rel=1e-12)
+
+
+def test_real_and_generated_are_alike_to_it(rng):
+    real, generated = rng.normal(size=(12, 4)), rng.normal(0.3, size=(15, 4))
+    assert kid(real, generated) == pytest.approx(kid(generated, real), rel=1e-12)
+
+
+# Features with finitely many values: then the true MMD^2 is (p - q) K (p - q), exactly.
+VALUES = np.array([[0.0, 1.0, -1.0], [2.0, 0.0, 0.5], [-1.0, 1.5, 1.0], [0.5, -0.5, 2.0]])
+REAL_WEIGHTS = np.array([0.4, 0.3, 0.2, 0.1])
+OTHER_WEIGHTS = np.array([0.2, 0.2, 0.2, 0.4])
+
+
+def draws(rng, weights, n):
+    return VALUES[rng.choice(len(VALUES), n, p=weights)]
+
+
+def true_kid(p, q):
+    table = np.array([[kernel(a, b) for b in VALUES] for a in VALUES])
+    return (p - q) @ table @ (p - q)
+
+
+@pytest.mark.parametrize("weights", [REAL_WEIGHTS, OTHER_WEIGHTS], ids=["equal", "unlike"])
+@pytest.mark.parametrize("n, m", [(40, 40), (120, 60)])
+def test_it_is_unbiased_and_its_interval_covers_the_truth(rng, weights, n, m):
+    truth = true_kid(REAL_WEIGHTS, weights)
+    estimates = np.array([kid(draws(rng, REAL_WEIGHTS, n), draws(rng, weights, m)) for _ in range(400)])
+    value, low, high = estimates.T
+    assert abs(value.mean() - truth) < 4 * value.std() / math.sqrt(len(value))
+    covered = np.mean((low <= truth) & (truth <= high))
+    assert 0.88 <= covered <= 0.99
+
+
+def test_the_floor_is_that_of_two_disjoint_parts(rng, monkeypatch):
+    parts = []
+    monkeypatch.setattr(metrics, "kid", lambda a, b, block: parts.append((a[:, 0], b[:, 0])))
+    real = np.arange(11.0)[:, None]
+    for n in (None, 3, 100):
+        kid_floor(real, n=n, seed=4)
+    assert [len(a) for a, _ in parts] == [len(b) for _, b in parts] == [5, 3, 5]
+    assert all(len({*a, *b}) == 2 * len(a) for a, b in parts)
+
+
+def test_the_floor_is_about_zero_whatever_the_seed(rng):
+    real = rng.normal(size=(200, 8))
+    floors = np.array([kid_floor(real, seed=seed) for seed in range(40)])
+    assert abs(floors[:, 0].mean()) < 4 * floors[:, 0].std() / math.sqrt(40)
+    assert np.mean((floors[:, 1] <= 0) & (floors[:, 2] >= 0)) >= 0.88
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_features_that_are_not_finite_give_nan(rng, bad):
+    real, generated = rng.normal(size=(5, 3)), rng.normal(size=(5, 3))
+    generated[2, 1] = bad
+    assert all(math.isnan(number) for number in kid(real, generated))
+
+
+@pytest.mark.parametrize("shapes", [((2, 3), (5, 3)), ((5, 3), (2, 3)), ((5, 3), (5, 4)), ((5,), (5,))])
+def test_features_that_do_not_fit_are_refused(shapes):
+    with pytest.raises(ValueError, match="features: received"):
+        kid(np.zeros(shapes[0]), np.zeros(shapes[1]))
+
+
+def corner_means(images):
+    """A feature network that needs no weights: channel means of the two halves, (B, 6)."""
+    halves = np.split(images.astype("float32") / 255, 2, axis=1)
+    return np.concatenate([half.mean(axis=(1, 2)) for half in halves], axis=1)
+
+
+@pytest.fixture
+def images(rng):
+    return rng.integers(0, 256, (20, 4, 4, 3), dtype=np.uint8)
+
+
+def test_the_metric_gathers_batches_into_one_estimate(images):
+    metric = KID(corner_means)
+    assert isinstance(metric, keras.metrics.Metric) and metric.name == "kid"
+    assert math.isnan(metric.result())
+    metric.update_state(images[:4], images[10:17])
+    metric.update_state(images[4:10], images[17:])
+    expected = kid(corner_means(images[:10]), corner_means(images[10:]))
+    assert metric.estimate() == pytest.approx(expected, rel=1e-6)
+    assert metric.result() == metric.estimate().value
+    metric.reset_state()
+    assert math.isnan(metric.result())
+
+
+def test_real_features_given_once_outlive_the_epochs(images):
+    metric = KID(corner_means)
+    metric.set_real(corner_means(images[:10]))
+    for _ in range(2):
+        metric.reset_state()
+        metric.update_state(None, images[10:])
+        assert metric.estimate() == pytest.approx(
+            kid(corner_means(images[:10]), corner_means(images[10:])), rel=1e-6
+        )
+    assert metric.floor(seed=2) == kid_floor(corner_means(images[:10]), seed=2)
+
+
+def test_the_metric_wants_real_pictures_from_one_place(images):
+    metric = KID(corner_means)
+    with pytest.raises(ValueError, match="not both or neither"):
+        metric.update_state(None, images)
+    metric.set_real(corner_means(images))
+    with pytest.raises(ValueError, match="not both or neither"):
+        metric.update_state(images, images)
+    with pytest.raises(ValueError, match="sample_weight"):
+        metric.update_state(None, images, sample_weight=np.ones(20))
+
+
+@pytest.fixture
+def protocol():
+    return Protocol(
+        network="efficientnet_lite0",
+        weights="5793",
+        resize="antialiased bilinear",
+        size=224,
+        n_real=512,
+        n_generated=256,
+        sampler="heun",
+        steps=20,
+        guidance=2.5,
+        ema=True,
+        seed=0,
+    )
+
+
+def test_a_protocol_survives_json(protocol):
+    again = Protocol.from_dict(json.loads(json.dumps(protocol.to_dict())))
+    assert again == protocol
+    protocol.require_same(again)
+
+
+def test_unlike_protocols_do_not_compare(protocol):
+    other = Protocol.from_dict(protocol.to_dict() | {"size": 96, "guidance": 1.0})
+    with pytest.raises(InputError, match=r"size: 224 against 96, guidance: 2\.5 against 1\.0$"):
+        protocol.require_same(other)
+
+
+def test_a_protocol_of_other_keys_is_refused(protocol):
+    with pytest.raises(InputError, match="protocol: received keys"):
+        Protocol.from_dict(protocol.to_dict() | {"colour": "red"})
+    with pytest.raises(InputError, match="protocol: received keys"):
+        Protocol.from_dict({"size": 3})
+
+
+def test_psnr_of_a_constant_difference_is_its_closed_form():
+    black = np.zeros((2, 4, 4, 3), np.uint8)
+    grey = black + np.array([10, 20], np.uint8)[:, None, None, None]
+    first, second = 20 * math.log10(25.5), 20 * math.log10(12.75)
+    value, low, high = psnr(black, grey)
+    assert value == pytest.approx((first + second) / 2)
+    # Two values: the standard error of their mean is half their distance.
+    assert high - value == pytest.approx(1.959964 * (first - second) / 2, rel=1e-6)
+    assert psnr(grey, black) == (value, low, high)
+
+
+def test_psnr_without_difference_or_without_spread():
+    image = np.full((1, 4, 4, 3), 7, np.uint8)
+    assert psnr(image, image).value == math.inf
+    assert psnr(image, image + np.uint8(1)) == Estimate(
+        pytest.approx(20 * math.log10(255)), -math.inf, math.inf
+    )
+
+
+@pytest.mark.parametrize(
+    "other",
+    [np.zeros((1, 4, 4, 3), "float32"), np.zeros((1, 4, 5, 3), np.uint8), np.zeros((2, 4, 4, 3), np.uint8)],
+)
+def test_psnr_refuses_pictures_that_do_not_fit(other):
+    with pytest.raises(ValueError, match="psnr: received"):
+        psnr(np.zeros((1, 4, 4, 3), np.uint8), other)

@@ -1,0 +1,152 @@
+"""Words and ids: the dictionary's own rows are the truth, and encode and decode undo each other."""
+
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from errors import InputError
+from input_pipeline.vocabulary import Vocabulary
+
+WORDS = ["<PAD>", "flower", "petals", "pink", "rare", "<PAD>", "<RARE>"]
+
+
+@pytest.fixture
+def vocabulary():
+    return Vocabulary(WORDS, length=4)
+
+
+def test_special_ids_are_the_last_padding_and_rare(vocabulary):
+    assert (vocabulary.size, vocabulary.pad_id, vocabulary.rare_id, vocabulary.length) == (7, 5, 6, 4)
+
+
+def test_encode_lowers_strips_pads_and_marks_unknown_words(vocabulary):
+    tokens, mask = vocabulary.encode(["Pink, FLOWER!", "blue-petals", ""])
+    assert tokens.tolist() == [[3, 1, 5, 5], [6, 2, 5, 5], [5, 5, 5, 5]]
+    assert mask.tolist() == [[True, True, False, False]] * 2 + [[True, False, False, False]]
+    assert (tokens.dtype, mask.dtype) == (np.int32, bool)
+
+
+def test_both_paddings_are_masked(vocabulary):
+    assert vocabulary.mask(np.array([[1, 0, 5, 2]])).tolist() == [[True, False, False, True]]
+
+
+def test_truncation_warns_once_and_counts(vocabulary):
+    with pytest.warns(UserWarning, match="^2 of 3 texts cut to their first 4 words$") as caught:
+        tokens, _ = vocabulary.encode(["pink " * 5, "pink", "flower " * 9])
+    assert len(caught) == 1
+    assert tokens.tolist() == [[3, 3, 3, 3], [3, 5, 5, 5], [1, 1, 1, 1]]
+
+
+def test_no_warning_at_exactly_the_length(vocabulary):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vocabulary.encode(["pink " * 4])
+
+
+def test_a_padding_typed_by_a_user_is_an_unknown_word(vocabulary):
+    assert vocabulary.encode(["<PAD> pink"])[0].tolist() == [[6, 3, 5, 5]]
+
+
+def test_decode_then_encode_gives_the_tokens_back(vocabulary):
+    rng = np.random.default_rng(0)
+    tokens = rng.choice([1, 2, 3, 4, 6], size=(50, 4)).astype(np.int32)  # '<RARE>' and 'rare' are told apart
+    tokens[np.arange(4) >= rng.integers(0, 5, 50)[:, None]] = vocabulary.pad_id
+    assert (vocabulary.encode(vocabulary.decode(tokens))[0] == tokens).all()
+
+
+def test_decode_refuses_ids_outside(vocabulary):
+    with pytest.raises(InputError, match="token 7 is not in the dictionary, expected 0 to 6"):
+        vocabulary.decode([[1, 7, 5, 5]])
+
+
+def test_one_text_for_many_is_a_mistake(vocabulary):
+    with pytest.raises(TypeError):
+        vocabulary.encode("pink")
+
+
+def test_json_round_trip(vocabulary, tmp_path):
+    vocabulary.save(tmp_path / "v.json")
+    loaded = Vocabulary.load(tmp_path / "v.json")
+    assert (loaded.words, loaded.length) == (vocabulary.words, vocabulary.length)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"words": ["a"]}', '{"words": 3, "length": 20}'])
+def test_load_refuses_other_files(tmp_path, text):
+    (tmp_path / "v.json").write_text(text)
+    with pytest.raises(InputError, match="v.json"):
+        Vocabulary.load(tmp_path / "v.json")
+
+
+def test_from_texts_counts_words_in_the_order_of_the_cup():
+    vocabulary = Vocabulary.from_texts(["A rose, a rose.", "a Tulip"], length=5)
+    assert vocabulary.words == ("<PAD>", "a", "rose", "tulip", "<PAD>", "<RARE>")
+    assert vocabulary.encode(["a tulip"])[0].tolist() == [[1, 3, 4, 4, 4]]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["<PAD>", "a"], "<RARE> is missing"),
+        (["a", "<RARE>"], "<PAD> is missing"),
+        (["<PAD>", "a", "a", "<RARE>"], "'a' has 2 ids"),
+    ],
+)
+def test_refuses_broken_word_lists(words, message):
+    with pytest.raises(InputError, match=message):
+        Vocabulary(words)
+
+
+def test_reads_the_cup3_dictionary(tmp_path):
+    np.save(tmp_path / "word2Id.npy", np.array([(word, str(i)) for i, word in enumerate(WORDS)]))
+    assert Vocabulary.from_cup3(tmp_path / "word2Id.npy", length=4).words == tuple(WORDS)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (np.array([("<PAD>", "0"), ("<RARE>", "7")]), "row 1 has id '7', expected '1'"),
+        (np.zeros((3, 2)), "expected rows of .word, id. as texts, received float64"),
+        (np.array(["<PAD>", "<RARE>"]), "received <U6 of shape"),
+    ],
+)
+def test_refuses_other_dictionaries(tmp_path, table, message):
+    np.save(tmp_path / "word2Id.npy", table)
+    with pytest.raises(InputError, match=message):
+        Vocabulary.from_cup3(tmp_path / "word2Id.npy")
+
+
+class _Trap:
+    def __init__(self, canary):
+        self.canary = str(canary)
+
+    def __reduce__(self):
+        return (os.mkdir, (self.canary,))
+
+
+def test_a_dictionary_with_pickled_objects_is_refused_and_runs_nothing(tmp_path):
+    canary = tmp_path / "canary"
+    np.save(tmp_path / "word2Id.npy", np.array([_Trap(canary)], object), allow_pickle=True)
+    with pytest.raises(InputError, match="word2Id.npy: cannot be read as a dictionary"):
+        Vocabulary.from_cup3(tmp_path / "word2Id.npy")
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no numpy", b"\x93NUMPY\x01\x00v\x00{'descr': '<U9', 'fortran"])
+def test_refuses_damaged_dictionaries(tmp_path, content):
+    (tmp_path / "word2Id.npy").write_bytes(content)
+    with pytest.raises(InputError, match="word2Id.npy: cannot be read as a dictionary"):
+        Vocabulary.from_cup3(tmp_path / "word2Id.npy")
+
+
+@pytest.mark.skipif("CUP3_REAL_DATA" not in os.environ, reason="CUP3_REAL_DATA is not set")
+def test_the_real_dictionary_has_the_ids_of_the_cup():
+    folder = Path(os.environ["CUP3_REAL_DATA"]) / "cup3_flowers" / "dictionary"
+    vocabulary = Vocabulary.from_cup3(folder / "word2Id.npy")
+    assert (vocabulary.size, vocabulary.pad_id, vocabulary.rare_id) == (5429, 5427, 5428)
+    word_of = dict(np.load(folder / "id2Word.npy"))  # written by the Cup, independently of word2Id
+    tokens = np.arange(1, 5401, dtype=np.int32).reshape(-1, 20)
+    assert vocabulary.decode(tokens)[17] == " ".join(word_of[str(i)] for i in tokens[17])
+    assert (vocabulary.encode(vocabulary.decode(tokens))[0] == tokens).all()

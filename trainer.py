@@ -1,0 +1,305 @@
+"""`VAETrainer` and `LatentDiffusionTrainer`: networks and batches in, training out.
+
+The only room with gradients, optimizers and averaged weights. Both trainers are `keras.Model`s with `compile`
+and `fit` and take Keras callbacks. Nothing in a step draws a random number: the batch carries its own, so N
+replicas do what one does.
+"""
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import ops
+
+from diffusion.schedule import diffuse, target_of
+from generate import Networks, Painter, captioned_grid, to_images
+from metrics import KID
+from model.vae import kl_divergence, sample_posterior
+
+__all__ = ["KID", "AdamW", "LatentDiffusionTrainer", "VAETrainer", "adamw", "warmup_cosine"]
+
+UNDECAYED = ("bias", "gamma", "beta", "embeddings")
+FINAL_LEARNING_RATE = 0.01  # of the peak, at the end of the cosine decay
+
+
+class AdamW(keras.optimizers.AdamW):
+    """Keras' AdamW (Loshchilov & Hutter 2019), whose clipping sees the gradient of the whole batch.
+
+    Keras clips each replica's gradient and sums afterwards, so that N replicas take up to N times the step of
+    one. Here the sum over replicas comes first.
+    """
+
+    def apply(self, grads, trainable_variables=None):
+        replica = tf.distribute.get_replica_context()
+        if replica is not None and replica.num_replicas_in_sync > 1:
+            grads = replica.all_reduce(tf.distribute.ReduceOp.SUM, list(grads))
+        return super().apply(grads, trainable_variables)
+
+    def _all_reduce_sum_gradients(self, grads_and_vars):
+        return list(grads_and_vars)
+
+
+def warmup_cosine(peak, steps, warmup_steps):
+    """A learning rate that climbs linearly to `peak` and falls along a cosine to a hundredth of it.
+
+    Args:
+        peak: largest learning rate.
+        steps: all steps of the training.
+        warmup_steps: steps of the climb.
+    """
+    warmup_steps = min(warmup_steps, max(1, steps // 2))
+    return keras.optimizers.schedules.CosineDecay(
+        initial_learning_rate=peak / max(1, warmup_steps),
+        warmup_target=peak,
+        warmup_steps=warmup_steps,
+        decay_steps=max(1, steps - warmup_steps),
+        alpha=FINAL_LEARNING_RATE,
+    )
+
+
+def adamw(variables, *, learning_rate, weight_decay, clip_norm):
+    """An `AdamW`, built for `variables`, that leaves biases, norms and embeddings undecayed."""
+    optimizer = AdamW(
+        learning_rate, weight_decay=weight_decay, global_clipnorm=clip_norm or None, beta_2=0.99
+    )
+    optimizer.exclude_from_weight_decay(var_names=UNDECAYED)
+    optimizer.build(variables)
+    return optimizer
+
+
+class _Trainer(keras.Model):
+    """What both trainers share: the step, its division among replicas, and weighted means of the losses.
+
+    A subclass lists the names of its losses in `loss_names` and gives `sample_losses(batch, training)`: a dict of the
+    loss of each sample (B,), of which "loss" is minimised.
+    """
+
+    loss_names = ("loss",)
+
+    def __init__(self, name):
+        super().__init__(name=name)
+        self.trackers = {name: keras.metrics.Mean(name=name) for name in self.loss_names}
+
+    @property
+    def metrics(self):
+        return list(self.trackers.values())
+
+    def train_step(self, batch):
+        """One step on a batch (this replica's part of it)."""
+        variables = self.trained_variables
+        with tf.GradientTape() as tape:
+            losses = self.sample_losses(batch, training=True)
+            # The optimizer sums gradients over the replicas, so each takes its share of the mean.
+            loss = ops.mean(losses["loss"]) / self.distribute_strategy.num_replicas_in_sync
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        self.after_step()
+        return self._track(losses)
+
+    def test_step(self, batch):
+        """The losses of a validation batch; its "weight" (B,) is 0 for rows that only fill the batch up."""
+        return self._track(self.sample_losses(batch, training=False), batch["weight"])
+
+    def after_step(self):
+        """What follows the optimizer's step, such as averaging weights."""
+
+    def _track(self, losses, weight=None):
+        for name, tracker in self.trackers.items():
+            tracker.update_state(losses[name], sample_weight=weight)
+        return {name: tracker.result() for name, tracker in self.trackers.items()}
+
+    def compile(self, optimizer, **kwargs):
+        """Takes an optimizer that was built for `trained_variables`; XLA stays off unless asked for."""
+        super().compile(optimizer=optimizer, **{"jit_compile": False, **kwargs})
+
+
+class VAETrainer(_Trainer):
+    """Trains an `AutoencoderKL` by reconstruction, KL and, if wanted, perceptual loss.
+
+    Args:
+        vae: the `AutoencoderKL`.
+        recon_loss: "l1" or "mse".
+        kl_weight: weight of the KL divergence (nats, mean over the latents' values).
+        perceptual: function of (pixels, pixels) -> distance (B,), or None.
+        perceptual_weight: its weight.
+
+    Batches are dicts of `pixels` (B, H, W, 3), `posterior_noise` (B, h, w, C) and, in validation, `weight` (B,).
+    """
+
+    loss_names = ("loss", "recon_loss", "kl_loss", "perceptual_loss")
+
+    def __init__(self, vae, recon_loss="l1", kl_weight=1e-4, perceptual=None, perceptual_weight=0.0):
+        if recon_loss not in ("l1", "mse"):
+            raise ValueError(f"recon_loss must be l1 or mse. Received: {recon_loss!r}")
+        super().__init__(name="vae_trainer")
+        self.vae, self.recon_loss, self.kl_weight = vae, recon_loss, kl_weight
+        self.perceptual, self.perceptual_weight = perceptual, perceptual_weight
+        self.built = True
+
+    @property
+    def trained_variables(self):
+        return self.vae.trainable_variables
+
+    @property
+    def networks(self):
+        """The networks that a checkpoint keeps, by name."""
+        return {"vae": self.vae}
+
+    def call(self, pixels, training=False):
+        return self.vae(pixels, training=training)
+
+    def sample_losses(self, batch, training):
+        """The losses of each sample, (B,) each."""
+        pixels = batch["pixels"]
+        mean, logvar = self.vae.raw_moments(pixels, training)
+        z = sample_posterior(mean, logvar, batch["posterior_noise"])
+        reconstruction = ops.cast(self.vae.decoder(z, training=training), "float32")
+        error = reconstruction - pixels
+        recon = ops.mean(ops.abs(error) if self.recon_loss == "l1" else ops.square(error), axis=(1, 2, 3))
+        kl = kl_divergence(mean, logvar) / float(np.prod(mean.shape[1:]))
+        perceptual = self.perceptual(pixels, reconstruction) if self.perceptual_weight else ops.zeros_like(kl)
+        total = recon + self.kl_weight * kl + self.perceptual_weight * perceptual
+        return {"loss": total, "recon_loss": recon, "kl_loss": kl, "perceptual_loss": perceptual}
+
+
+class LatentDiffusionTrainer(_Trainer):
+    """Trains a U-Net, and the text encoder with it, to denoise latents (Ho et al. 2020, Rombach et al. 2022).
+
+    It keeps an averaged copy of both networks (EMA), which draws all pictures.
+
+    Args:
+        networks: `generate.Networks`; its vae is frozen and only decodes.
+        image_size: side of the pictures in pixels.
+        ema: decay of the average; it warms up as (1 + step) / (10 + step).
+        train_text_encoder: whether the text encoder learns too; batches then carry `tokens`, otherwise
+            `context`.
+        kid: a `metrics.KID` whose real features are set, or None to leave KID out of validation.
+        kid_tokens: int32 (M, T), the captions drawn for it.
+        draw: keywords of `Painter.draw`: steps and guidance of previews and validation.
+        draw_batch: pictures drawn at once.
+
+    Batches are those of `input_pipeline.latent_batches`: `latents`, `noise` (B, h, w, C), `diffusion_times` (B,),
+    `tokens` (B, T) or `context` (B, T, D), `mask` (B, T).
+    """
+
+    def __init__(
+        self,
+        networks: Networks,
+        image_size,
+        ema=0.999,
+        train_text_encoder=True,
+        kid=None,
+        kid_tokens=None,
+        draw=None,
+        draw_batch=64,
+    ):
+        super().__init__(name="latent_diffusion_trainer")
+        self.unet, self.text_encoder = networks.unet, networks.text_encoder
+        self.process, self.ema, self.train_text_encoder = networks.process, ema, train_text_encoder
+        self.ema_unet, self.ema_text_encoder = _copy(self.unet), _copy(self.text_encoder)
+        averaged = networks._replace(unet=self.ema_unet, text_encoder=self.ema_text_encoder)
+        self.painter = Painter(averaged, image_size, draw_batch)
+        self.kid_metric, self.kid_tokens, self.draw_settings = kid, kid_tokens, draw or {}
+        self.kid_due = True
+        self.built = True
+
+    @property
+    def trained_variables(self):
+        text = self.text_encoder.trainable_variables if self.train_text_encoder else []
+        return self.unet.trainable_variables + text
+
+    @property
+    def networks(self):
+        """The networks that a checkpoint keeps, by name."""
+        names = ("unet", "text_encoder", "ema_unet", "ema_text_encoder")
+        return {name: getattr(self, name) for name in names}
+
+    def diffusion_schedule(self, diffusion_times):
+        """(noise_rates, signal_rates), each (B, 1, 1, 1), at diffusion_times (B,)."""
+        return self.process.rates(diffusion_times)
+
+    def call(self, inputs, training=False):
+        return self.unet(inputs, training=training)
+
+    def sample_losses(self, batch, training):
+        """The loss of each sample, (B,): mean squared error of the target."""
+        latents, noise, times = batch["latents"], batch["noise"], batch["diffusion_times"]
+        noise_rates, signal_rates = self.diffusion_schedule(times)
+        noisy = diffuse(latents, noise, noise_rates, signal_rates)
+        if self.train_text_encoder:
+            context = self.text_encoder([batch["tokens"], batch["mask"]], training=training)
+        else:
+            context = batch["context"]
+        prediction = self.unet([noisy, times, context, batch["mask"]], training=training)
+        target = target_of(self.process.target, latents, noise, noise_rates, signal_rates)
+        return {"loss": ops.mean(ops.square(prediction - target), axis=(1, 2, 3))}
+
+    def after_step(self):
+        """Moves the averaged networks towards the trained ones."""
+        step = ops.cast(self.optimizer.iterations, "float32")
+        share = 1.0 - ops.minimum(self.ema, (1.0 + step) / (10.0 + step))
+        for average, weight in self._averages():
+            average.assign(average + share * (weight - average))
+
+    def _averages(self):
+        yield from zip(self.ema_unet.weights, self.unet.weights, strict=True)
+        if self.train_text_encoder:
+            yield from zip(self.ema_text_encoder.weights, self.text_encoder.weights, strict=True)
+
+    def evaluate(self, *args, return_dict=False, **kwargs):
+        """Keras' `evaluate`, and `kid` of pictures drawn from `kid_tokens` where it is due."""
+        logs = super().evaluate(*args, return_dict=True, **kwargs)
+        if self.kid_metric is not None and self.kid_due:
+            logs["kid"] = float(self.measure_kid().value)
+        return logs if return_dict else list(logs.values())
+
+    def measure_kid(self):
+        """Draws a picture for each of `kid_tokens`, of seeds 0, 1, ..., and returns KID as an `Estimate`."""
+        self.kid_metric.reset_state()
+        images = list(
+            self.painter.draw(
+                self.kid_tokens,
+                np.arange(len(self.kid_tokens)),
+                progress="drawing for KID",
+                **self.draw_settings,
+            )
+        )
+        self.kid_metric.update_state(None, np.stack(images))
+        return self.kid_metric.estimate()
+
+    def generate_images(self, tokens, seeds=None, **settings):
+        """Draws with the averaged networks.
+
+        Args:
+            tokens: int32 (N, T).
+            seeds: N whole numbers; default 0 to N - 1.
+            settings: steps and guidance, where they differ from the trainer's.
+
+        Returns:
+            uint8 (N, H, W, 3).
+        """
+        seeds = np.arange(len(tokens)) if seeds is None else seeds
+        return np.stack(list(self.painter.draw(tokens, seeds, **{**self.draw_settings, **settings})))
+
+    def plot_images(self, tokens, path, seeds=None, captions=None, **settings):
+        """Draws pictures of `tokens` (N, T) and writes them as a captioned grid to `path`."""
+        captions = self.painter.networks.vocabulary.decode(tokens) if captions is None else captions
+        captioned_grid(self.generate_images(tokens, seeds, **settings), captions).save(path)
+
+
+def _copy(network):
+    """A second network of the same shape and weights, which no gradient reaches."""
+    copy = type(network).from_config(network.get_config())
+    copy.set_weights(network.get_weights())
+    copy.trainable = False
+    return copy
+
+
+def reconstruct(vae, images, batch_size=32):
+    """Images uint8 (N, H, W, 3) through the autoencoder's posterior mean and back."""
+
+    @tf.function
+    def there_and_back(pixels):
+        return to_images(vae.decode(vae.encode(pixels)[0]))
+
+    starts = range(0, len(images), batch_size)
+    parts = [there_and_back(images[k : k + batch_size].astype("float32") / 127.5 - 1.0) for k in starts]
+    return np.concatenate([np.asarray(part) for part in parts])
