@@ -143,7 +143,10 @@ class Keeper(keras.callbacks.Callback):
         for name, network in self.model.networks.items():
             tensors.update(collect(named_variables(network), name))
         state = {**state, "epoch": row["epoch"], "step": row["step"]}
-        return self.run.save_best(self.stage, *estimate, tensors, state)
+        self.run.save_best(self.stage, *estimate, tensors, state)
+        # Not what `save_best` returns: after a crash this epoch may have been kept already.
+        best = self.run.best_state(self.stage)
+        return best is not None and best["step"] == row["step"]
 
     def _elapsed(self):
         return self._seconds + (time.monotonic() - self._started if self._started else 0.0)

@@ -57,6 +57,7 @@ class RunFolder:
         self.path = path
         self.config = config
         self._lock = lock
+        self._is_new = False
 
     @classmethod
     def open(cls, path, config: dict) -> "RunFolder":
@@ -104,8 +105,15 @@ class RunFolder:
     def __enter__(self):
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, *error):
+        # What was refused before anything was saved must not hold the folder against better settings.
+        refused = kind is not None and issubclass(kind, InputError)
+        if refused and self._is_new and not self._has_entries():
+            shutil.rmtree(self.path, ignore_errors=True)
         self.close()
+
+    def _has_entries(self):
+        return any((self.path / name).exists() for name in ("checkpoints", "best", "networks"))
 
     # Places of what other rooms write.
 
@@ -263,6 +271,7 @@ class RunFolder:
             _refuse_differences(config_file, "config", self.config, _read_json(config_file))
         else:
             self.write_json("config.json", self.config)
+            self._is_new = True
         with _disk_errors(self.path):
             for name in ("samples", "cache"):
                 (self.path / name).mkdir(exist_ok=True)

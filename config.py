@@ -4,6 +4,7 @@ The fields of a part are that part's constructor keywords; nobody receives the w
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -27,9 +28,9 @@ class AugmentationConfig:
 class VAEConfig:
     """The autoencoder's shape (`model.vae.AutoencoderKL`)."""
 
-    level_channels: tuple[int, ...] = (16, 32, 64, 64)  # finest level first; each further one halves the size
-    blocks: int = 1  # residual blocks a level
-    latent_channels: int = 4  # channels of the latents
+    level_channels: tuple[int, ...] = (16, 16, 32, 64)  # finest level first; each further one halves the size
+    blocks: tuple[int, ...] = (0, 1, 1, 1)  # residual blocks of each level
+    latent_channels: int = 8  # channels of the latents
     groups: int = 8  # groups of the normalisations
     attention: bool = False  # self-attention in the middle
     latent_scale: float | None = None  # factor to unit variance; None measures it after training
@@ -70,13 +71,13 @@ class VAETrainingConfig:
     """How the autoencoder is trained (`trainer.VAETrainer`)."""
 
     epochs: int = 4  # rounds of `steps_per_epoch`
-    steps_per_epoch: int | None = 300  # None: one pass over the training pictures
-    batch_size: int = 16  # pictures a step, over all devices
-    learning_rate: float = 2e-3  # peak of the schedule
-    warmup_steps: int = 50  # linear warm-up, then cosine decay to a hundredth
+    steps_per_epoch: int | None = 700  # None: one pass over the training pictures
+    batch_size: int = 8  # pictures a step, over all devices
+    learning_rate: float = 4e-3  # peak of the schedule
+    warmup_steps: int = 100  # linear warm-up, then cosine decay to a hundredth
     weight_decay: float = 0.0  # of kernels; never of biases and norms
     clip_norm: float = 1.0  # largest global norm of the gradient
-    recon_loss: str = "l1"  # l1 or mse
+    recon_loss: str = "mse"  # l1 or mse
     kl_weight: float = 1e-4  # of the KL divergence in nats a latent value
     perceptual_weight: float = 0.0  # of the distance in EfficientNet-Lite0 features; 0 leaves it out
 
@@ -139,6 +140,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
+LARGEST_SEED = 2**32 - 1  # that NumPy's generator takes
 START_ONLY = ("run", "gpus")  # what may differ from one start of a run to the next
 
 PHOTOGRAPHS = AugmentationConfig(resize_min=1.0, resize_max=1.15, brightness=0.1, contrast=0.1)
@@ -149,7 +151,7 @@ CUP3 = Config(
     run="runs/cup3",
     image_size=128,
     augmentation=PHOTOGRAPHS,
-    vae=VAEConfig(level_channels=(32, 64, 128, 128), attention=True),
+    vae=VAEConfig(level_channels=(32, 64, 128, 128), blocks=(1, 1, 1, 1), latent_channels=4, attention=True),
     text_encoder=TextEncoderConfig(width=768, heads=12),
     unet=UNetConfig(
         level_channels=(128, 256, 512, 512),
@@ -277,8 +279,15 @@ def check(config: Config) -> None:
         InputError: names the setting, the value received and the value expected.
     """
     for name, value, least in _least_values(config):
-        if not value >= least:  # written so that NaN is refused too
-            raise InputError(f"--{name}: received {value}, expected at least {least}")
+        if not least <= value < math.inf:  # written so that NaN is refused too
+            raise InputError(f"--{name}: received {value}, expected a finite number, at least {least}")
+    if config.seed > LARGEST_SEED:
+        raise InputError(f"--seed: received {config.seed}, expected at most {LARGEST_SEED}")
+    if not math.isfinite(config.evaluation.guidance):
+        raise InputError(
+            f"--evaluation.guidance: received {config.evaluation.guidance}, expected a finite number"
+        )
+    _check_widths(config)
     factor = 2 ** (len(config.vae.level_channels) - 1)
     if config.image_size % factor:
         raise InputError(
@@ -297,7 +306,9 @@ def check(config: Config) -> None:
     for name, value, known in _choices(config):
         if value not in known:
             raise InputError(f"--{name}: received {value!r}, expected one of {', '.join(known)}")
-    _check_widths(config)
+    _check_rates(config.diffusion)
+    if config.train_vae is False and config.vae_from is None:
+        raise InputError("--no-train-vae: expected --vae-from, the run to take a trained autoencoder from")
 
 
 def _least_values(config):
@@ -318,16 +329,25 @@ def _least_values(config):
     yield "vae-training.kl-weight", vae_training.kl_weight, 0
     yield "vae-training.perceptual-weight", vae_training.perceptual_weight, 0
     yield "training.latent-crops", training.latent_crops, 1
-    for name in ("images", "every", "steps", "batch_size", "previews"):
+    yield "evaluation.images", evaluation.images, 3  # the fewest that KID is defined for
+    yield "evaluation.size", evaluation.size, 75 if evaluation.network == "inception_v3" else 32
+    for name in ("every", "steps", "batch_size", "previews"):
         yield f"evaluation.{name.replace('_', '-')}", getattr(evaluation, name), 1
+    yield "vae.latent-channels", config.vae.latent_channels, 1
+    yield "vae.groups", config.vae.groups, 1
+    yield "unet.groups", config.unet.groups, 1
+    yield "unet.head-channels", config.unet.head_channels, 1
+    yield "unet.blocks", config.unet.blocks, 0
+    yield "unet.ff-expansion", config.unet.ff_expansion, 1
+    yield "text-encoder.width", config.text_encoder.width, 1
+    yield "text-encoder.heads", config.text_encoder.heads, 1
+    yield "text-encoder.layers", config.text_encoder.layers, 0
 
 
 def _fractions(config):
     yield "training.ema", config.training.ema, 1
     yield "training.caption-dropout", config.training.caption_dropout, 1
     yield "training.validation-fraction", config.training.validation_fraction, 0.5
-    yield "diffusion.max-signal-rate", config.diffusion.max_signal_rate, 1
-    yield "diffusion.min-signal-rate", config.diffusion.min_signal_rate, 1
     yield "augmentation.brightness", config.augmentation.brightness, 1
     yield "augmentation.contrast", config.augmentation.contrast, 1
 
@@ -340,13 +360,22 @@ def _choices(config):
 
 def _check_widths(config):
     for name, settings in (("vae", config.vae), ("unet", config.unet)):
+        if not settings.level_channels:
+            raise InputError(f"--{name}.level-channels: received none, expected the channels of a level")
         for channels in settings.level_channels:
             if channels < 1 or channels % settings.groups:
                 raise InputError(
                     f"--{name}.level-channels: received {channels}, expected a multiple of --{name}.groups "
                     f"({settings.groups})"
                 )
-    unet, text = config.unet, config.text_encoder
+    vae, unet, text = config.vae, config.unet, config.text_encoder
+    if len(vae.blocks) != len(vae.level_channels) or min(vae.blocks) < 0:
+        raise InputError(
+            f"--vae.blocks: received {' '.join(map(str, vae.blocks))}, expected a number of at least 0 for each "
+            f"of the {len(vae.level_channels)} levels"
+        )
+    if vae.latent_scale is not None and not 0 < vae.latent_scale < math.inf:
+        raise InputError(f"--vae.latent-scale: received {vae.latent_scale}, expected a positive number")
     if len(unet.attention_levels) != len(unet.level_channels):
         raise InputError(
             f"--unet.attention-levels: received {len(unet.attention_levels)}, expected one for each of the "
@@ -369,3 +398,12 @@ def _check_widths(config):
         )
     if config.augmentation.resize_max > 4:
         raise InputError(f"--augmentation.resize-max: received {resize.resize_max}, expected at most 4")
+
+
+def _check_rates(diffusion):
+    least, most = diffusion.min_signal_rate, diffusion.max_signal_rate
+    if not 0 < least < most < 1:
+        raise InputError(
+            f"--diffusion.min-signal-rate and --diffusion.max-signal-rate: received {least} and {most}, "
+            "expected 0 < min < max < 1"
+        )

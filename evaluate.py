@@ -58,7 +58,9 @@ def _plot_kid(axis, rows):
     axis.errorbar(
         epochs, values, [values - lows, highs - values], marker="o", capsize=3, label="val_kid, 95 %"
     )
-    axis.axhline(rows[-1]["val_kid_floor"], color="gray", linestyle="--", label="real against real")
+    floor = rows[-1]["val_kid_floor"]
+    if floor is not None:  # fewer than 6 real pictures have none
+        axis.axhline(floor, color="gray", linestyle="--", label="real against real")
     best = [row for row in rows if row["best"]][-1:]
     axis.plot(
         [row["epoch"] for row in best], [row["val_kid"] for row in best], "*", markersize=14, label="best"

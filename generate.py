@@ -174,9 +174,9 @@ def generate(painter, prompts, count=1, seed=0, steps=20, guidance=2.5, progress
         Picture.
 
     Raises:
-        InputError: no prompt, an empty one, or a count, a number of steps or a guidance that cannot be.
+        InputError: no prompt, an empty one, or a count, a seed, a number of steps or a guidance that cannot be.
     """
-    _check_request(prompts, count, steps, guidance)
+    _check_request(prompts, count, seed, steps, guidance)
     tokens, _ = painter.networks.vocabulary.encode(prompts)
     seeds = np.tile(seed + np.arange(count), len(prompts))
     images = painter.draw(np.repeat(tokens, count, axis=0), seeds, steps, guidance, progress)
@@ -184,7 +184,7 @@ def generate(painter, prompts, count=1, seed=0, steps=20, guidance=2.5, progress
         yield Picture(image, prompts[index // count], int(seeds[index]))
 
 
-def _check_request(prompts, count, steps, guidance):
+def _check_request(prompts, count, seed, steps, guidance):
     if not prompts:
         raise InputError("prompts: received none, expected at least one")
     for row, prompt in enumerate(prompts):
@@ -192,6 +192,8 @@ def _check_request(prompts, count, steps, guidance):
             raise InputError(f"prompts: received an empty text in row {row}, expected words")
     if count < 1:
         raise InputError(f"count: received {count}, expected at least 1")
+    if not abs(seed) + count < 2**63:
+        raise InputError(f"seed: received {seed}, expected a number of 64 bits")
     if steps < 1:
         raise InputError(f"steps: received {steps}, expected at least 1")
     if not np.isfinite(guidance):
@@ -218,6 +220,8 @@ def write_pictures(
     Raises:
         InputError: see `load` and `generate`; or `prompts` cannot be read, or `out` not written.
     """
+    if batch_size < 1:
+        raise InputError(f"--batch-size: received {batch_size}, expected at least 1")
     texts = [*prompt, *(_read_prompts(prompts) if prompts else ())]
     networks, config = load(run)
     steps = config.evaluation.steps if steps is None else steps

@@ -26,6 +26,7 @@ from model.perceptual import FeatureNetwork, PerceptualDistance
 from trainer import KID, LatentDiffusionTrainer, VAETrainer, adamw, reconstruct, warmup_cosine
 
 LATENT_STATISTICS_FROM = 2048  # pictures from which the latents' mean and deviation are measured
+FEWEST_FOR_KID = 3  # pictures on either side
 SHOWN_RECONSTRUCTIONS = 8
 PROBED_CAPTIONS = 256
 PROBED_ATTRIBUTES = ("petal_color", "center_color", "petals")
@@ -64,31 +65,42 @@ def train(config: settings.Config) -> Path:
         Stopped: a signal came; everything is saved.
     """
     settings.check(config)
-    keras.utils.set_random_seed(config.seed)  # for the initial weights; no step draws from it
-    strategy, clock = devices(config.gpus, config.training.batch_size), Clock()
+    batch_sizes = {
+        "--vae-training.batch-size": config.vae_training.batch_size,
+        "--batch-size": config.training.batch_size,
+    }
+    strategy, clock = devices(config.gpus, batch_sizes), Clock()
     with RunFolder.open(config.run, settings.to_dict(config)) as run, Signals() as signals:
         try:
             with clock.stage("data"):
                 data = _data(config, run)
-            with clock.stage("autoencoder"):
-                vae = _autoencoder(config, run, data, strategy, signals)
-            with clock.stage("latents"):
-                latents = _latents(config, run, data, vae)
-            with clock.stage("diffusion"):
-                trainer = _diffusion(config, run, data, vae, latents, strategy, signals)
-            with clock.stage("pictures"):
-                _pictures(config, run, data, trainer)
+            if run.curves_path.exists():  # the last thing that a run writes
+                print("\nThis run is finished; there is nothing left to do.")
+            else:
+                _train(config, run, data, strategy, signals, clock)
+            _say_where(run, data)
         except Interrupted as stop:
             raise Stopped(config.run, stop.signal) from stop
     return run.path
 
 
-def devices(gpus: str, batch_size: int):
+def _train(config, run, data, strategy, signals, clock):
+    with clock.stage("autoencoder"):
+        vae = _autoencoder(config, run, data, strategy, signals)
+    with clock.stage("latents"):
+        latents = _latents(config, run, data, vae)
+    with clock.stage("diffusion"):
+        trainer = _diffusion(config, run, data, vae, latents, strategy, signals)
+    with clock.stage("pictures"):
+        _pictures(run, data, trainer)
+
+
+def devices(gpus: str, batch_sizes: dict[str, int]):
     """The strategy that trains on the chosen devices: mirrored over several GPUs, plain on one or on the CPU.
 
     Args:
         gpus: "all", "none", or indices such as "0,2".
-        batch_size: pictures a step; several devices must divide it.
+        batch_sizes: pictures a step, by the flag that sets them; several devices must divide them.
 
     Raises:
         InputError: there is no such GPU, or the batch does not divide.
@@ -98,10 +110,9 @@ def devices(gpus: str, batch_size: int):
     tf.config.set_visible_devices(chosen, "GPU")
     for gpu in chosen:
         tf.config.experimental.set_memory_growth(gpu, True)
-    if batch_size % max(1, len(chosen)):
-        raise InputError(
-            f"--training.batch-size: received {batch_size}, expected a multiple of the {len(chosen)} GPUs"
-        )
+    for flag, batch_size in batch_sizes.items():
+        if batch_size % max(1, len(chosen)):
+            raise InputError(f"{flag}: received {batch_size}, expected a multiple of the {len(chosen)} GPUs")
     if len(chosen) > 1:
         return tf.distribute.MirroredStrategy([f"GPU:{index}" for index in range(len(chosen))])
     return tf.distribute.get_strategy()
@@ -111,7 +122,10 @@ def _choose_gpus(gpus, found):
     if gpus in ("all", "none"):
         return found if gpus == "all" else []
     try:
-        return [found[int(index)] for index in gpus.split(",")]
+        indices = [int(index) for index in gpus.split(",")]
+        if min(indices) < 0 or len(set(indices)) < len(indices):
+            raise ValueError
+        return [found[index] for index in indices]
     except (ValueError, IndexError):
         raise InputError(
             f"--gpus: received {gpus!r}, expected all, none, or indices below {len(found)}, such as 0"
@@ -147,14 +161,33 @@ def _data(config, run):
         augmentation.picture_side(config.image_size),
         cache_file=run.cache_path("pictures.npy"),
     )
-    if not run.vocabulary_path.exists():
-        captioned.vocabulary.save(run.vocabulary_path)
+    _check_validation(config, len(pictures))
+    _keep_vocabulary(config, run, captioned.vocabulary)
     data = _Data(config, captioned, pictures, folder.name)
     print(
         f"   {len(pictures)} pictures of {pictures.shape[1]} px, {len(data.validation_ids)} of them for validation; "
         f"{data.vocabulary.size} words"
     )
     return data
+
+
+def _check_validation(config, n):
+    fraction = config.training.validation_fraction
+    held_out = len(pipeline.split(n, fraction, config.seed)[1])
+    if held_out < FEWEST_FOR_KID:
+        raise InputError(
+            f"{config.data}: received {n} pictures, of which --training.validation-fraction {fraction} holds out "
+            f"{held_out}; expected at least {FEWEST_FOR_KID} for KID"
+        )
+
+
+def _keep_vocabulary(config, run, vocabulary):
+    """Writes the words into the run folder; a run that goes on must find the same words in its data."""
+    path = run.vocabulary_path
+    if not path.exists():
+        vocabulary.save(path)
+    elif pipeline.Vocabulary.load(path).words != vocabulary.words:
+        raise InputError(f"{config.data}: its words are no longer those of {path}; expected unchanged data")
 
 
 def _whole(pictures, ids, image_size):
@@ -166,6 +199,7 @@ def _whole(pictures, ids, image_size):
 
 
 def _autoencoder(config, run, data, strategy, signals):
+    keras.utils.set_random_seed(config.seed)  # for the first weights; no step draws from it
     with strategy.scope():
         vae = make_vae(config)
     if run.finished("vae") is None:
@@ -276,6 +310,7 @@ def _diffusion(config, run, data, vae, latents, strategy, signals):
     stage, judge = config.training, config.evaluation
     steps_per_epoch = stage.steps_per_epoch or max(1, len(data.train_ids) // stage.batch_size)
     draw = {"steps": judge.steps, "guidance": judge.guidance}
+    keras.utils.set_random_seed(config.seed)  # again: a resumed run may not have trained the autoencoder
     with strategy.scope():
         unet, text_encoder = make_diffusion(config, data.vocabulary)
         process = Process(**settings.part(config.diffusion))
@@ -382,6 +417,7 @@ def _fit(trainer, keeper, epochs, batches_from, validation):
                 verbose=0,
             )
     except Interrupted:
+        keeper.signals.shield()  # a second Ctrl-C must not cut the saving
         keeper.save(trainer)
         raise
 
@@ -389,16 +425,21 @@ def _fit(trainer, keeper, epochs, batches_from, validation):
 # The end.
 
 
-def _pictures(config, run, data, trainer):
-    best = run.best_state("diffusion")
+def _pictures(run, data, trainer):
+    best = run.best("diffusion")
     if best:  # the best averaged networks take the place of the last ones; the compiled painter stays
-        tensors = run.best("diffusion").tensors
         for name in ("ema_unet", "ema_text_encoder"):
-            assign(named_variables(trainer.networks[name]), tensors, name, source=run.path)
+            assign(named_variables(trainer.networks[name]), best.tensors, name, source=run.path)
     if data.has_probe:
         captions = data.vocabulary.decode(data.shown_tokens[:PROBED_CAPTIONS])
         _report_probe(run, follows_captions(trainer.painter, captions, **trainer.draw_settings))
-    plot_curves(run.rows(), run.curves_path)
+    unfinished = run.curves_path.with_name(".curves.png")
+    plot_curves(run.rows(), unfinished)
+    unfinished.replace(run.curves_path)
+
+
+def _say_where(run, data):
+    best = run.best_state("diffusion")
     prompt = data.vocabulary.decode(data.shown_tokens[:1])[0]
     print(f"   pictures         {run.path / 'samples'}")
     print(f"   curves           {run.curves_path}")

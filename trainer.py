@@ -29,9 +29,11 @@ class AdamW(keras.optimizers.AdamW):
     """
 
     def apply(self, grads, trainable_variables=None):
+        # An embedding's gradient names a row as often as its word occurs: squares are right only of their sum.
+        grads = [tf.convert_to_tensor(grad) for grad in grads]
         replica = tf.distribute.get_replica_context()
         if replica is not None and replica.num_replicas_in_sync > 1:
-            grads = replica.all_reduce(tf.distribute.ReduceOp.SUM, list(grads))
+            grads = replica.all_reduce(tf.distribute.ReduceOp.SUM, grads)
         return super().apply(grads, trainable_variables)
 
     def _all_reduce_sum_gradients(self, grads_and_vars):

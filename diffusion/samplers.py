@@ -27,8 +27,8 @@ def ddim(denoise, noise, times, rates):
 
     def step(k, state):
         x, _ = state
-        noise_rate, signal_rate = rates(times[k : k + 1])
-        next_noise_rate, next_signal_rate = rates(times[k + 1 : k + 2])
+        noise_rate, signal_rate = rates(ops.reshape(times[k], (1,)))
+        next_noise_rate, next_signal_rate = rates(ops.reshape(times[k + 1], (1,)))
         clean = denoise(x, times[k])
         predicted_noise = (x - signal_rate * clean) / noise_rate
         return next_signal_rate * clean + next_noise_rate * predicted_noise, clean

@@ -122,7 +122,7 @@ def cached_text(captions, null_tokens, encode, *, cache_file, fingerprint, batch
     rows = np.concatenate([table.reshape(-1, table.shape[-1]), null_tokens[None]])
 
     def build():
-        starts = tqdm(range(0, len(rows), batch_size), "text embeddings", disable=not progress)
+        starts = tqdm(range(0, len(rows), batch_size), "text embeddings", disable=None if progress else True)
         parts = [_encode_fixed(encode, rows[start : start + batch_size], batch_size) for start in starts]
         context, mask = (np.concatenate(part) for part in zip(*parts, strict=True))
         return {
@@ -166,7 +166,7 @@ def _crop(pictures, crop, image_size, augmentation, seed):
 def _encode_pictures(n, jobs, encode, batch_size, progress):
     """{mean, logvar} (N, V, h, w, C); each job is a function of ids and whether to mirror what it gives."""
     results = {}
-    with tqdm(total=n * len(jobs), desc="latents", disable=not progress) as bar:
+    with tqdm(total=n * len(jobs), desc="latents", disable=None if progress else True) as bar:
         for variant, (pixels_of, flip) in enumerate(jobs):
             for start in range(0, n, batch_size):
                 ids = np.arange(start, min(start + batch_size, n))

@@ -80,7 +80,7 @@ def _squares(paths, side, progress):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
             squares = pool.map(lambda path: _square(path, side), paths)
-            for picture, kind in tqdm(squares, "pictures", len(paths), disable=not progress):
+            for picture, kind in tqdm(squares, "pictures", len(paths), disable=None if progress else True):
                 converted.update([kind] if kind else [])
                 yield picture
         except BaseException:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import InputError
+from input_pipeline.files import atomic_file
 
 PAD, RARE = "<PAD>", "<RARE>"
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
@@ -127,7 +128,8 @@ class Vocabulary:
     def save(self, path):
         """Write the words as JSON."""
         text = json.dumps({"length": self.length, "words": self.words}, ensure_ascii=False, indent=0)
-        Path(path).write_text(text, encoding="utf-8")
+        with atomic_file(path) as file:
+            file.write(text.encode())
 
     @classmethod
     def load(cls, path):

@@ -282,7 +282,7 @@ class FeatureNetwork:
         """
         images = _checked_images(images)
         starts = range(0, len(images), self.batch_size)
-        bar = tqdm(starts, desc="features", unit="batch", disable=not progress)
+        bar = tqdm(starts, desc="features", unit="batch", disable=None if progress else True)
         batches = [self._batch(images[start : start + self.batch_size]) for start in bar]
         return np.concatenate(batches) if batches else np.empty((0, self.dimension), "float32")
 

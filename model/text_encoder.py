@@ -29,7 +29,7 @@ class EncoderBlock(keras.layers.Layer):
         self.fc2.build((*x_shape[:-1], self.expansion * self.width))
 
     def call(self, x, mask=None):
-        x = x + self.attn(self.norm1(x), mask=mask)
+        x = x + self.attn(self.norm1(x), None, mask)
         return x + self.fc2(self.fc1(self.norm2(x)))
 
     def compute_output_shape(self, x_shape, mask_shape=None):

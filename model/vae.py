@@ -53,7 +53,7 @@ class Encoder(keras.Model):
 
     Args:
         level_channels: channels of each level, finest first; each level but the last halves the size.
-        blocks: residual blocks a level.
+        blocks: residual blocks of each level; a level of 0 only resamples, which is cheap at the finest sizes.
         latent_channels: channels C of the latents.
         groups: groups of the normalisations.
         attention: whether the middle block attends over places.
@@ -65,7 +65,7 @@ class Encoder(keras.Model):
         pixels = keras.Input((None, None, 3), name="pixels")
         x = conv3(level_channels[0], f"{name}.conv_in")(pixels)
         for level, channels in enumerate(level_channels):
-            for block in range(blocks):
+            for block in range(blocks[level]):
                 x = ResidualBlock(
                     channels, groups, NORM_EPSILON, name=f"{name}.down_blocks.{level}.resnets.{block}"
                 )(x)
@@ -92,7 +92,7 @@ class Encoder(keras.Model):
 class Decoder(keras.Model):
     """Latents, unscaled -> pixels.
 
-    Args: as for `Encoder`; a level has `blocks + 1` residual blocks.
+    Args: as for `Encoder`; a level of n > 0 blocks has n + 1 here.
 
     Call: z (B, h, w, C) -> pixels (B, H, W, 3), about -1..1 (not clipped).
     """
@@ -102,13 +102,14 @@ class Decoder(keras.Model):
         x = keras.layers.Conv2D(latent_channels, 1, name="post_quant_conv")(z)
         x = conv3(level_channels[-1], f"{name}.conv_in")(x)
         x = _middle(x, level_channels[-1], groups, attention, name)
-        for level, channels in enumerate(reversed(level_channels)):
-            for block in range(blocks + 1):
-                x = ResidualBlock(
-                    channels, groups, NORM_EPSILON, name=f"{name}.up_blocks.{level}.resnets.{block}"
-                )(x)
-            if level < len(level_channels) - 1:
-                x = Upsample(channels, name=f"{name}.up_blocks.{level}.upsamplers.0")(x)
+        table = list(zip(level_channels, blocks, strict=True))[::-1]
+        for level, (channels, level_blocks) in enumerate(table):
+            place = f"{name}.up_blocks.{level}"
+            for block in range(level_blocks + 1 if level_blocks else 0):
+                x = ResidualBlock(channels, groups, NORM_EPSILON, name=f"{place}.resnets.{block}")(x)
+            if level < len(table) - 1:
+                finer_channels, finer_blocks = table[level + 1]
+                x = Upsample(channels if finer_blocks else finer_channels, name=f"{place}.upsamplers.0")(x)
         x = ops.silu(GroupNorm(groups, NORM_EPSILON, name=f"{name}.conv_norm_out")(x))
         super().__init__(z, conv3(3, f"{name}.conv_out")(x), name=name)
         self._arguments = {
@@ -139,18 +140,23 @@ class AutoencoderKL(keras.Model):
 
     def __init__(
         self,
-        level_channels=(32, 64, 128, 128),
-        blocks=1,
+        level_channels=(16, 32, 64, 64),
+        blocks=(0, 1, 1, 1),
         latent_channels=4,
         groups=32,
         attention=True,
         latent_scale=None,
         name="vae",
     ):
+        if len(blocks) != len(level_channels):
+            raise ValueError(
+                "AutoencoderKL needs a number of blocks for each level. "
+                f"Received: blocks={blocks}, level_channels={level_channels}"
+            )
         super().__init__(name=name)
         self.factor = 2 ** (len(level_channels) - 1)
         self.latent_channels, self.latent_scale = latent_channels, latent_scale
-        parts = (tuple(level_channels), blocks, latent_channels, groups, attention)
+        parts = (tuple(level_channels), tuple(blocks), latent_channels, groups, attention)
         self.encoder, self.decoder = Encoder(*parts), Decoder(*parts)
         self.latent_mean = self.add_weight(
             shape=(latent_channels,), initializer="zeros", trainable=False, name="latent_mean"

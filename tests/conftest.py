@@ -11,8 +11,17 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import keras
+import numpy as np
 import pytest
 import tensorflow as tf
+
+from diffusion.schedule import Process
+from generate import Networks
+from input_pipeline import Vocabulary
+from model.text_encoder import VocabularyEncoder
+from model.unet import UNet
+from model.vae import AutoencoderKL
 
 # Replicas need devices, and devices are fixed by the first operation: so here, before any test.
 _CPU = tf.config.list_physical_devices("CPU")[0]
@@ -25,6 +34,28 @@ _unmet = []
 def two_replicas():
     """A `tf.distribute` strategy of two replicas, both on the CPU."""
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
+TOY_TEXTS = ("one red flower", "a blue flower with a yellow center", "two green leaves")
+
+
+@pytest.fixture(scope="session")
+def toy_networks():
+    """A function of a seed: the smallest `Networks`, none of whose weights is zero, for pictures of 16 px."""
+
+    def make(seed=0, target="velocity"):
+        keras.utils.set_random_seed(seed)
+        vocabulary = Vocabulary.from_texts(TOY_TEXTS, length=7)
+        vae = AutoencoderKL((4, 4), blocks=(0, 0), latent_channels=2, groups=2, attention=False)
+        text_encoder = VocabularyEncoder(vocabulary.size, vocabulary.length, width=8, layers=1, heads=2)
+        shape = {"head_channels": 4, "groups": 4, "ff_expansion": 1}
+        unet = UNet(2, (8,), (True,), blocks=0, context_shape=text_encoder.context_shape, **shape)
+        rng = np.random.default_rng(seed)
+        for weight in vae.weights + text_encoder.weights + unet.weights:
+            weight.assign_add(rng.uniform(0.05, 0.2, weight.shape))
+        return Networks(vae, text_encoder, unet, Process(target), vocabulary)
+
+    return make
 
 
 def _note_skip(report):

@@ -1,0 +1,75 @@
+"""Measures a trained run on the test part of paper flowers: does the picture follow the sentence, and PSNR.
+
+    python benchmarks/paper_flowers.py --run runs/paper-flowers --json paper_flowers.json
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import pandas as pd
+import tyro
+
+from dataset.paper_flowers import HELD_OUT_PAIRS, captions, sample_flower
+from evaluate import follows_captions
+from generate import Painter, load
+from input_pipeline import load_data, read_pictures
+from metrics import psnr
+from trainer import reconstruct
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure a run on the test part of paper flowers."""
+
+    run: str = "runs/paper-flowers"  # folder of the run
+    count: int = 256  # sentences
+    steps: int | None = None  # sampler steps; default: the run's
+    guidance: float | None = None  # strength of guidance; default: the run's
+    seed: int = 1000  # of the first picture
+    json: str | None = None  # file for the figures
+
+
+def test_pictures(folder, side):
+    """The test pictures of the data folder, uint8 (N, side, side, 3)."""
+    table = pd.read_csv(folder / "attributes.csv")
+    names = table.loc[table["split"] == "test", "ImagePath"]
+    return read_pictures([folder / name for name in names], side, progress=False)
+
+
+def held_out_captions(count, seed=0):
+    """Captions of flowers whose pair of colours training never shows."""
+    rng = np.random.default_rng(seed)
+    return [captions(sample_flower(rng, HELD_OUT_PAIRS), rng)[0] for _ in range(count)]
+
+
+def main(options):
+    """Prints the figures and, if asked, writes them as JSON."""
+    networks, config = load(options.run)
+    data = load_data(config.data)
+    settings = {
+        "steps": options.steps or config.evaluation.steps,
+        "guidance": config.evaluation.guidance if options.guidance is None else options.guidance,
+    }
+    painter = Painter(networks, config.image_size, config.evaluation.batch_size)
+    tests = networks.vocabulary.decode(data.test_tokens[: options.count])
+    pictures = test_pictures(Path(config.data), config.image_size)
+    figures = {
+        **settings,
+        "test captions": follows_captions(painter, tests, options.seed, **settings),
+        "held-out pairs": follows_captions(
+            painter, held_out_captions(options.count), options.seed, **settings
+        ),
+        "test PSNR": psnr(pictures, reconstruct(networks.vae, pictures))._asdict(),
+    }
+    print(json.dumps(figures, indent=2))
+    if options.json:
+        Path(options.json).write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
