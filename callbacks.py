@@ -62,24 +62,37 @@ class Signals:
 class Keeper(keras.callbacks.Callback):
     """Keeps a training in its run folder: each epoch a row of the log and a checkpoint, and the best one.
 
+    Make it when the stage begins: its seconds count from there.
+
     Args:
         run: the `RunFolder`.
         stage: name of the stage there.
         steps_per_epoch: steps of a whole epoch.
         signals: the `Signals` of the process.
+        epochs: all epochs of the stage.
         finish_row: function of (epoch, logs) -> dict of more entries for the epoch's row.
         choose: function of the row -> (Estimate, state) for `RunFolder.save_best`, or None.
-        kid_every: epochs between two measurements of KID.
+        kid_every: epochs between two measurements of KID; the first and the last epoch have one anyway.
     """
 
     def __init__(
-        self, run: RunFolder, stage, steps_per_epoch, signals, finish_row=None, choose=None, kid_every=1
+        self,
+        run: RunFolder,
+        stage,
+        steps_per_epoch,
+        signals,
+        epochs,
+        finish_row=None,
+        choose=None,
+        kid_every=1,
     ):
         super().__init__()
-        self.run, self.stage, self.steps_per_epoch, self.signals = run, stage, steps_per_epoch, signals
+        self.run, self.stage, self.signals = run, stage, signals
+        self.steps_per_epoch, self.epochs = steps_per_epoch, epochs
         self.finish_row, self.choose, self.kid_every = finish_row, choose, kid_every
         self.step, self.pending, self.logs = 0, False, {}
-        self._metrics, self._seconds, self._started = {}, 0.0, None
+        self._metrics, self._seconds, self._started = {}, 0.0, time.monotonic()
+        self._first = True
 
     def restore(self, trainer):
         """Sets the trainer to the newest checkpoint, if there is one, and drops what the log says of later steps."""
@@ -107,8 +120,7 @@ class Keeper(keras.callbacks.Callback):
             for variable, value in zip(self.model.trackers[name].variables, values, strict=True):
                 variable.assign(value)
         self._metrics = {}
-        self.model.kid_due = (epoch + 1) % self.kid_every == 0
-        self._started = self._started or time.monotonic()
+        self.model.kid_due = epoch == 0 or (epoch + 1) % self.kid_every == 0 or epoch + 1 == self.epochs
 
     def on_train_batch_begin(self, batch, logs=None):
         self.signals.shield()
@@ -118,6 +130,9 @@ class Keeper(keras.callbacks.Callback):
         self.pending = self.step % self.steps_per_epoch == 0
         if self.pending:
             self.logs = {name: float(value) for name, value in logs.items()}
+        if self._first:
+            self._first = False
+            tqdm.write(f"   first step {self._elapsed() - self._seconds:.1f} s after the start of the stage")
         self.signals.release()
 
     def on_epoch_end(self, epoch, logs=None):
@@ -149,7 +164,7 @@ class Keeper(keras.callbacks.Callback):
         return best is not None and best["step"] == row["step"]
 
     def _elapsed(self):
-        return self._seconds + (time.monotonic() - self._started if self._started else 0.0)
+        return self._seconds + time.monotonic() - self._started
 
 
 def _parts(trainer):

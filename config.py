@@ -49,7 +49,7 @@ class TextEncoderConfig:
 class UNetConfig:
     """The U-Net's shape (`model.unet.UNet`)."""
 
-    level_channels: tuple[int, ...] = (96, 192)  # finest level first
+    level_channels: tuple[int, ...] = (64, 128)  # finest level first
     attention_levels: tuple[bool, ...] = (False, True)  # which levels attend
     blocks: int = 1  # residual blocks a level
     head_channels: int = 32  # channels a head
@@ -71,7 +71,7 @@ class VAETrainingConfig:
     """How the autoencoder is trained (`trainer.VAETrainer`)."""
 
     epochs: int = 4  # rounds of `steps_per_epoch`
-    steps_per_epoch: int | None = 700  # None: one pass over the training pictures
+    steps_per_epoch: int | None = 600  # None: one pass over the training pictures
     batch_size: int = 8  # pictures a step, over all devices
     learning_rate: float = 4e-3  # peak of the schedule
     warmup_steps: int = 100  # linear warm-up, then cosine decay to a hundredth
@@ -79,15 +79,16 @@ class VAETrainingConfig:
     clip_norm: float = 1.0  # largest global norm of the gradient
     recon_loss: str = "mse"  # l1 or mse
     kl_weight: float = 1e-4  # of the KL divergence in nats a latent value
-    perceptual_weight: float = 0.0  # of the distance in EfficientNet-Lite0 features; 0 leaves it out
+    perceptual_weight: float = 0.1  # of the distance in EfficientNet-Lite0 features; 0 leaves it out
+    perceptual_depth: int = 3  # how many levels of those features, 1 to 5; each next one costs more
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """How the U-Net and the text encoder are trained (`trainer.LatentDiffusionTrainer`)."""
 
-    epochs: Annotated[int, tyro.conf.arg(prefix_name=False)] = 6  # rounds of `steps_per_epoch`
-    steps_per_epoch: int | None = 200  # None: one pass over the training pictures
+    epochs: Annotated[int, tyro.conf.arg(prefix_name=False)] = 9  # rounds of `steps_per_epoch`
+    steps_per_epoch: int | None = 140  # None: one pass over the training pictures
     batch_size: Annotated[int, tyro.conf.arg(prefix_name=False)] = 64  # pictures a step, over all devices
     learning_rate: float = 1.5e-3  # peak of the schedule
     warmup_steps: int = 100  # linear warm-up, then cosine decay to a hundredth
@@ -107,7 +108,7 @@ class EvaluationConfig:
     size: int = 224  # side that pictures are resized to for it; 75 or 299 for inception_v3
     weights: str | None = None  # local file of the feature network's weights
     images: int = 256  # pictures drawn each time KID is measured
-    every: int = 1  # epochs between two measurements
+    every: int = 2  # epochs between two measurements; the first and the last are measured anyway
     steps: int = 20  # sampler steps
     guidance: float = 2.5  # strength of classifier-free guidance; 1 is off
     batch_size: int = 64  # pictures drawn at once
@@ -305,7 +306,7 @@ def check(config: Config) -> None:
             raise InputError(f"--{name}: received {value}, expected 0 to {most}")
     for name, value, known in _choices(config):
         if value not in known:
-            raise InputError(f"--{name}: received {value!r}, expected one of {', '.join(known)}")
+            raise InputError(f"--{name}: received {value!r}, expected one of {', '.join(map(str, known))}")
     _check_rates(config.diffusion)
     if config.train_vae is False and config.vae_from is None:
         raise InputError("--no-train-vae: expected --vae-from, the run to take a trained autoencoder from")
@@ -355,6 +356,7 @@ def _fractions(config):
 def _choices(config):
     yield "vae-training.recon-loss", config.vae_training.recon_loss, ("l1", "mse")
     yield "diffusion.target", config.diffusion.target, ("noise", "image", "velocity")
+    yield "vae-training.perceptual-depth", config.vae_training.perceptual_depth, (1, 2, 3, 4, 5)
     yield "evaluation.network", config.evaluation.network, ("efficientnet_lite0", "inception_v3")
 
 

@@ -226,14 +226,15 @@ def write_pictures(
     networks, config = load(run)
     steps = config.evaluation.steps if steps is None else steps
     guidance = config.evaluation.guidance if guidance is None else guidance
+    _check_request(texts, count, seed, steps, guidance)
     painter = Painter(networks, config.image_size, batch_size)
-    pictures = list(generate(painter, texts, count, seed, steps, guidance, progress="drawing"))
-    folder, paths = Path(out), []
+    folder, pictures, paths = Path(out), [], []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for index, picture in enumerate(pictures):
-            paths.append(folder / f"{index:04d}.png")
+        for picture in generate(painter, texts, count, seed, steps, guidance, progress="drawing"):
+            paths.append(folder / f"{len(pictures):04d}.png")
             save_png(picture, paths[-1], steps=steps, guidance=guidance, run=run)
+            pictures.append(picture)
         captioned_grid(
             [picture.image for picture in pictures], [picture.prompt for picture in pictures]
         ).save(folder / "grid.png")

@@ -224,6 +224,7 @@ def _assign_vae(vae, run, flag):
 def _train_autoencoder(config, run, data, vae, strategy, signals):
     stage = config.vae_training
     steps_per_epoch = stage.steps_per_epoch or max(1, len(data.train_ids) // stage.batch_size)
+    keeper = Keeper(run, "vae", steps_per_epoch, signals, stage.epochs)
     augmentation = pipeline.Augmentation(**settings.part(config.augmentation))
     held_out = _whole(data.pictures, data.validation_ids, config.image_size)
     stream = {
@@ -233,7 +234,7 @@ def _train_autoencoder(config, run, data, vae, strategy, signals):
         "latent_shape": vae.latent_shape(config.image_size),
     }
     with strategy.scope():
-        perceptual = PerceptualDistance() if stage.perceptual_weight else None
+        perceptual = PerceptualDistance(stage.perceptual_depth) if stage.perceptual_weight else None
         trainer = VAETrainer(vae, stage.recon_loss, stage.kl_weight, perceptual, stage.perceptual_weight)
         trainer.compile(_optimizer(trainer, stage, steps_per_epoch))
 
@@ -244,11 +245,10 @@ def _train_autoencoder(config, run, data, vae, strategy, signals):
         quality = psnr(held_out, rebuilt)
         return {"val_psnr": quality.value, "val_psnr_low": quality.low, "val_psnr_high": quality.high}
 
-    keeper = Keeper(run, "vae", steps_per_epoch, signals, finish_row)
+    keeper.finish_row = finish_row
     _fit(
         trainer,
         keeper,
-        stage.epochs,
         lambda step: pipeline.picture_batches(
             data.pictures, augmentation=augmentation, ids=data.train_ids, start_step=step, **stream
         ),
@@ -309,6 +309,7 @@ def _latents(config, run, data, vae):
 def _diffusion(config, run, data, vae, latents, strategy, signals):
     stage, judge = config.training, config.evaluation
     steps_per_epoch = stage.steps_per_epoch or max(1, len(data.train_ids) // stage.batch_size)
+    keeper = Keeper(run, "diffusion", steps_per_epoch, signals, stage.epochs, kid_every=judge.every)
     draw = {"steps": judge.steps, "guidance": judge.guidance}
     keras.utils.set_random_seed(config.seed)  # again: a resumed run may not have trained the autoencoder
     with strategy.scope():
@@ -318,7 +319,8 @@ def _diffusion(config, run, data, vae, latents, strategy, signals):
             Networks(vae, text_encoder, unet, process, data.vocabulary),
             config.image_size,
             ema=stage.ema,
-            kid=_kid(config, data),
+            kid=KID(FeatureNetwork(judge.network, judge.size, judge.weights)),
+            kid_images=_whole(data.pictures, data.validation_ids, config.image_size),
             kid_tokens=data.validation_tokens[: judge.images],
             draw=draw,
             draw_batch=judge.batch_size,
@@ -340,12 +342,11 @@ def _diffusion(config, run, data, vae, latents, strategy, signals):
             return None
         return trainer.kid_metric.estimate(), {"protocol": protocol}
 
-    keeper = Keeper(run, "diffusion", steps_per_epoch, signals, finish_row, choose, judge.every)
+    keeper.finish_row, keeper.choose = finish_row, choose
     stream = {"captions": data.captions, "vocabulary": data.vocabulary, "batch_size": stage.batch_size}
     _fit(
         trainer,
         keeper,
-        stage.epochs,
         lambda step: pipeline.latent_batches(
             latents,
             seed=config.seed,
@@ -362,13 +363,6 @@ def _diffusion(config, run, data, vae, latents, strategy, signals):
 def _made(path):
     path.parent.mkdir(exist_ok=True)
     return path
-
-
-def _kid(config, data):
-    network = FeatureNetwork(config.evaluation.network, config.evaluation.size, config.evaluation.weights)
-    metric = KID(network)
-    metric.set_real(network(_whole(data.pictures, data.validation_ids, config.image_size), progress=True))
-    return metric
 
 
 def _protocol(config, trainer, data):
@@ -393,10 +387,10 @@ def _optimizer(trainer, stage, steps_per_epoch):
     )
 
 
-def _fit(trainer, keeper, epochs, batches_from, validation):
+def _fit(trainer, keeper, batches_from, validation):
     """Keras' `fit` from wherever the keeper's checkpoint stands, in the middle of an epoch too."""
     keeper.restore(trainer)
-    total = epochs * keeper.steps_per_epoch
+    total = keeper.epochs * keeper.steps_per_epoch
     callbacks = [keeper, Bar(keeper.stage, total, keeper)]
     try:
         if keeper.pending:  # all steps of the epoch were done, but not what closes it
@@ -410,10 +404,11 @@ def _fit(trainer, keeper, epochs, batches_from, validation):
             trainer.fit(
                 batches_from(keeper.step),
                 initial_epoch=epoch,
-                epochs=epoch + 1 if done else epochs,
+                epochs=epoch + 1 if done else keeper.epochs,
                 steps_per_epoch=keeper.steps_per_epoch - done,
                 validation_data=validation,
                 callbacks=callbacks,
+                shuffle=False,  # the stream is shuffled already; without it Keras warns
                 verbose=0,
             )
     except Interrupted:

@@ -112,6 +112,9 @@ class _Trainer(keras.Model):
         """Takes an optimizer that was built for `trained_variables`; XLA stays off unless asked for."""
         super().compile(optimizer=optimizer, **{"jit_compile": False, **kwargs})
 
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        """Nothing is left to build; Keras would average a batch over the replicas for it, which fails on a mask."""
+
 
 class VAETrainer(_Trainer):
     """Trains an `AutoencoderKL` by reconstruction, KL and, if wanted, perceptual loss.
@@ -173,7 +176,9 @@ class LatentDiffusionTrainer(_Trainer):
         ema: decay of the average; it warms up as (1 + step) / (10 + step).
         train_text_encoder: whether the text encoder learns too; batches then carry `tokens`, otherwise
             `context`.
-        kid: a `metrics.KID` whose real features are set, or None to leave KID out of validation.
+        kid: a `metrics.KID`, or None to leave KID out of validation.
+        kid_images: uint8 (N, H, W, 3), the real pictures for it, measured when first needed; None where its
+            real features are set.
         kid_tokens: int32 (M, T), the captions drawn for it.
         draw: keywords of `Painter.draw`: steps and guidance of previews and validation.
         draw_batch: pictures drawn at once.
@@ -189,6 +194,7 @@ class LatentDiffusionTrainer(_Trainer):
         ema=0.999,
         train_text_encoder=True,
         kid=None,
+        kid_images=None,
         kid_tokens=None,
         draw=None,
         draw_batch=64,
@@ -199,7 +205,8 @@ class LatentDiffusionTrainer(_Trainer):
         self.ema_unet, self.ema_text_encoder = _copy(self.unet), _copy(self.text_encoder)
         averaged = networks._replace(unet=self.ema_unet, text_encoder=self.ema_text_encoder)
         self.painter = Painter(averaged, image_size, draw_batch)
-        self.kid_metric, self.kid_tokens, self.draw_settings = kid, kid_tokens, draw or {}
+        self.kid_metric, self.kid_images, self.kid_tokens = kid, kid_images, kid_tokens
+        self.draw_settings = draw or {}
         self.kid_due = True
         self.built = True
 
@@ -255,16 +262,11 @@ class LatentDiffusionTrainer(_Trainer):
 
     def measure_kid(self):
         """Draws a picture for each of `kid_tokens`, of seeds 0, 1, ..., and returns KID as an `Estimate`."""
+        if self.kid_images is not None:
+            self.kid_metric.set_real(self.kid_metric.feature_network(self.kid_images, progress=True))
+            self.kid_images = None
         self.kid_metric.reset_state()
-        images = list(
-            self.painter.draw(
-                self.kid_tokens,
-                np.arange(len(self.kid_tokens)),
-                progress="drawing for KID",
-                **self.draw_settings,
-            )
-        )
-        self.kid_metric.update_state(None, np.stack(images))
+        self.kid_metric.update_state(None, self.generate_images(self.kid_tokens, progress="drawing for KID"))
         return self.kid_metric.estimate()
 
     def generate_images(self, tokens, seeds=None, **settings):

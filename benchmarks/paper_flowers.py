@@ -1,6 +1,6 @@
 """Measures a trained run on the test part of paper flowers: does the picture follow the sentence, and PSNR.
 
-    python benchmarks/paper_flowers.py --run runs/paper-flowers --json paper_flowers.json
+python benchmarks/paper_flowers.py --run runs/paper-flowers --json paper_flowers.json
 """
 
 import json

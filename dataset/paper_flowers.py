@@ -86,7 +86,8 @@ def write(folder, *, train=4096, test=512, size=64, seed=0, progress=True):
     folder = Path(folder)
     with _refusing_os_errors(folder), _appearing_at_the_end(folder) as unfinished:
         _write_tables(unfinished, seed, train, train + test)
-        pictures = tqdm(jpegs(seed, size, train, train + test), "drawing", train + test, disable=None if progress else True)
+        files = jpegs(seed, size, train, train + test)
+        pictures = tqdm(files, "drawing", train + test, disable=None if progress else True)
         for index, data in enumerate(pictures):
             (unfinished / _image_path(index)).write_bytes(data)
 

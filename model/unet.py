@@ -134,7 +134,8 @@ class UNet(keras.Model):
         level_channels: channels of each level, finest first; each level but the last halves the size.
         attention_levels: for each level, whether its blocks attend.
         blocks: residual blocks a level on the way down (one more on the way up).
-        head_channels: channels a head of the attention.
+        head_channels: channels a head of the attention: one number, or one for each level (Stable Diffusion 1
+            has 8 heads everywhere, so 40, 80, 160, 160).
         context_shape: (T, D) of the context.
         groups: groups of the normalisations.
         ff_expansion: width of the feed-forward parts as a multiple of the channels.
@@ -163,6 +164,9 @@ class UNet(keras.Model):
                 f"Received: attention_levels={attention_levels}, level_channels={level_channels}"
             )
 
+        # Channels a head, level by level
+        heads = (head_channels,) * len(level_channels) if isinstance(head_channels, int) else head_channels
+
         # Inputs
         latents = keras.Input((None, None, latent_channels), name="latents")
         times = keras.Input((), name="times")
@@ -171,12 +175,12 @@ class UNet(keras.Model):
         width = level_channels[0]
         embedding = TimeEmbedding(width, 4 * width, name="time_embedding")(times)
 
-        def block(x, channels, attends, place, index):
+        def block(x, channels, head, attends, place, index):
             x = ResidualBlock(channels, groups, name=f"{place}.resnets.{index}")(x, embedding)
             if attends:
                 x = TransformerBlock(
                     channels,
-                    channels // head_channels,
+                    channels // head,
                     groups,
                     ff_expansion,
                     name=f"{place}.attentions.{index}",
@@ -186,24 +190,24 @@ class UNet(keras.Model):
         # Down
         x = conv3(width, "conv_in")(latents)
         skips = [x]
-        table = list(zip(level_channels, attention_levels, strict=True))
-        for level, (channels, attends) in enumerate(table):
+        table = list(zip(level_channels, heads, attention_levels, strict=True))
+        for level, (channels, head, attends) in enumerate(table):
             for index in range(blocks):
-                x = block(x, channels, attends, f"down_blocks.{level}", index)
+                x = block(x, channels, head, attends, f"down_blocks.{level}", index)
                 skips.append(x)
             if level < len(table) - 1:
                 x = Downsample(channels, symmetric=True, name=f"down_blocks.{level}.downsamplers.0")(x)
                 skips.append(x)
 
         # Middle
-        x = block(x, level_channels[-1], True, "mid_block", 0)
-        x = block(x, level_channels[-1], False, "mid_block", 1)
+        x = block(x, level_channels[-1], heads[-1], True, "mid_block", 0)
+        x = block(x, level_channels[-1], heads[-1], False, "mid_block", 1)
 
         # Up
-        for level, (channels, attends) in enumerate(reversed(table)):
+        for level, (channels, head, attends) in enumerate(reversed(table)):
             for index in range(blocks + 1):
                 x = ops.concatenate([x, skips.pop()], axis=-1)
-                x = block(x, channels, attends, f"up_blocks.{level}", index)
+                x = block(x, channels, head, attends, f"up_blocks.{level}", index)
             if level < len(table) - 1:
                 x = Upsample(channels, name=f"up_blocks.{level}.upsamplers.0")(x)
 

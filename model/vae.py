@@ -48,7 +48,15 @@ def _middle(x, channels, groups, attention, part):
     return ResidualBlock(channels, groups, NORM_EPSILON, name=f"{part}.mid_block.resnets.1")(x)
 
 
-class Encoder(keras.Model):
+class _Half(keras.Model):
+    """What `Encoder` and `Decoder` share: the arguments that rebuild them."""
+
+    def get_config(self):
+        names = ("level_channels", "blocks", "latent_channels", "groups", "attention", "name")
+        return dict(zip(names, self._arguments, strict=True))
+
+
+class Encoder(_Half):
     """Pixels -> the moments of their latents.
 
     Args:
@@ -76,20 +84,10 @@ class Encoder(keras.Model):
         x = conv3(2 * latent_channels, f"{name}.conv_out")(x)
         moments = keras.layers.Conv2D(2 * latent_channels, 1, name="quant_conv")(x)
         super().__init__(pixels, moments, name=name)
-        self._arguments = {
-            "level_channels": level_channels,
-            "blocks": blocks,
-            "latent_channels": latent_channels,
-            "groups": groups,
-            "attention": attention,
-            "name": name,
-        }
-
-    def get_config(self):
-        return dict(self._arguments)
+        self._arguments = (level_channels, blocks, latent_channels, groups, attention, name)
 
 
-class Decoder(keras.Model):
+class Decoder(_Half):
     """Latents, unscaled -> pixels.
 
     Args: as for `Encoder`; a level of n > 0 blocks has n + 1 here.
@@ -112,17 +110,7 @@ class Decoder(keras.Model):
                 x = Upsample(channels if finer_blocks else finer_channels, name=f"{place}.upsamplers.0")(x)
         x = ops.silu(GroupNorm(groups, NORM_EPSILON, name=f"{name}.conv_norm_out")(x))
         super().__init__(z, conv3(3, f"{name}.conv_out")(x), name=name)
-        self._arguments = {
-            "level_channels": level_channels,
-            "blocks": blocks,
-            "latent_channels": latent_channels,
-            "groups": groups,
-            "attention": attention,
-            "name": name,
-        }
-
-    def get_config(self):
-        return dict(self._arguments)
+        self._arguments = (level_channels, blocks, latent_channels, groups, attention, name)
 
 
 class AutoencoderKL(keras.Model):

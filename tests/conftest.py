@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras import ops
 
 from diffusion.schedule import Process
 from generate import Networks
@@ -54,6 +55,28 @@ def toy_networks():
         for weight in vae.weights + text_encoder.weights + unet.weights:
             weight.assign_add(rng.uniform(0.05, 0.2, weight.shape))
         return Networks(vae, text_encoder, unet, Process(target), vocabulary)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def light_networks(toy_networks):
+    """`toy_networks` with a text encoder and a U-Net of few variables: a step's graph is made in a second."""
+
+    def make(seed=0):
+        networks = toy_networks(seed)
+        length, width = networks.vocabulary.length, 8
+        latents, times = keras.Input((None, None, 2)), keras.Input(())
+        context, mask = keras.Input((length, width)), keras.Input((length,), dtype="bool")
+        seen = ops.cast(mask, "float32")[..., None]
+        text = ops.sum(context * seen, axis=1) / ops.sum(seen, axis=1)  # (B, D)
+        beside = keras.layers.Dense(width, name="beside")(ops.concatenate([text, times[:, None]], axis=-1))
+        h = keras.layers.Conv2D(width, 3, padding="same", name="conv_in")(latents) + beside[:, None, None, :]
+        h = ops.silu(keras.layers.LayerNormalization(name="norm")(h))
+        out = keras.layers.Dense(2, name="conv_out")(h)
+        unet = keras.Model([latents, times, context, mask], out, name="unet")
+        text_encoder = VocabularyEncoder(networks.vocabulary.size, length, width, layers=0)
+        return networks._replace(unet=unet, text_encoder=text_encoder)
 
     return make
 

@@ -1,0 +1,329 @@
+"""A picture depends on its prompt, its seed and the run's best networks, and on nothing else."""
+
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+import generate
+from checkpoint import RunFolder, collect, named_variables
+from config import Config, TextEncoderConfig, UNetConfig, VAEConfig, to_dict
+from diffusion.samplers import uniform_times
+from errors import InputError
+from generate import Painter, Picture, captioned_grid, load, noise_of, save_png, to_images, write_pictures
+from input_pipeline import Vocabulary
+
+PROMPTS = ["one red flower", "a blue flower with a yellow center", "two green leaves"]
+STEPS, GUIDANCE = 3, 2.0
+
+
+@pytest.fixture(scope="module")
+def networks(toy_networks):
+    return toy_networks()
+
+
+@pytest.fixture(scope="module")
+def painter(networks):
+    return Painter(networks, image_size=16)
+
+
+def drawn(painter, prompts, **settings):
+    settings = {"steps": STEPS, "guidance": GUIDANCE, **settings}
+    return list(generate.generate(painter, prompts, **settings))
+
+
+def images(pictures):
+    return np.stack([picture.image for picture in pictures]).astype(int)
+
+
+# Pictures.
+
+
+def test_a_picture_does_not_depend_on_its_batch(networks, painter):
+    together = drawn(painter, PROMPTS, count=2, seed=5)
+    one_by_one = drawn(Painter(networks, 16, batch_size=1), PROMPTS, count=2, seed=5)
+    in_fours = drawn(Painter(networks, 16, batch_size=4), PROMPTS, count=2, seed=5)  # the last batch holds 2
+    for other in (one_by_one, in_fours):
+        np.testing.assert_allclose(images(together), images(other), atol=1)
+    assert [(picture.prompt, picture.seed) for picture in together] == [
+        (prompt, seed) for prompt in PROMPTS for seed in (5, 6)
+    ]
+
+
+def test_a_picture_follows_its_own_seed_and_prompt(painter):
+    pictures = images(drawn(painter, PROMPTS, count=2, seed=5))
+    alone = images(drawn(painter, PROMPTS[1:2], seed=6))
+    np.testing.assert_allclose(alone[0], pictures[3], atol=1)
+    differences = [np.abs(pictures[i] - pictures[j]).max() for i, j in np.ndindex(6, 6) if i < j]
+    assert min(differences) > 2
+
+
+def test_pictures_come_one_batch_at_a_time(networks):
+    painter = Painter(networks, 16, batch_size=1)
+    calls = []
+    painter._guided = lambda *arguments: calls.append(arguments) or np.zeros((1, 16, 16, 3), "uint8")
+    pictures = generate.generate(painter, PROMPTS)
+    next(pictures)
+    assert len(calls) == 1
+
+
+def test_guidance_1_is_the_conditional_picture(painter):
+    plain = images(drawn(painter, PROMPTS, guidance=1))
+    barely_guided = images(drawn(painter, PROMPTS, guidance=1 + 1e-6))  # through the graph of guidance
+    guided = images(drawn(painter, PROMPTS, guidance=4.0))
+    np.testing.assert_allclose(plain, barely_guided, atol=1)
+    assert np.abs(plain - guided).max() > 5
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_the_compiled_painter_is_ddim_with_guidance_by_hand(networks, painter, guidance):
+    # Song et al. 2021, equation 12 with eta = 0; Ho & Salimans 2022, equation 6.
+    vae, text_encoder, unet, process, vocabulary = networks
+    tokens, mask = vocabulary.encode(PROMPTS[:1])
+    texts = [(tokens, mask), (vocabulary.empty()[None], vocabulary.mask(vocabulary.empty()[None]))]
+    x = np.asarray(noise_of(np.array([9]), (8, 8, 2)))
+    times = np.linspace(1, 0, STEPS + 1, dtype="float32")
+    for t, following in zip(times[:-1], times[1:], strict=True):
+        (n, s), (next_n, next_s) = (
+            [np.asarray(rate) for rate in process.rates(u[None])] for u in (t, following)
+        )
+        clean = []
+        for own_tokens, own_mask in texts:
+            own_tokens, own_mask = tf.constant(own_tokens), tf.constant(own_mask)
+            context = text_encoder([own_tokens, own_mask])
+            velocity = np.asarray(unet([tf.constant(x), tf.constant(t[None]), context, own_mask]))
+            clean.append(s * x - n * velocity)
+        guided = clean[1] + guidance * (clean[0] - clean[1])
+        x = (next_s * guided + next_n * (x - s * guided) / n).astype("float32")
+    expected = np.clip(np.asarray(vae.decode(guided.astype("float32"))) * 127.5 + 127.5, 0, 255)
+    picture = drawn(painter, PROMPTS[:1], seed=9, guidance=guidance)[0].image
+    assert picture.std() > 5  # not a plain grey one
+    assert np.abs(picture - expected[0]).max() <= 1.01
+
+
+def test_one_trace_serves_every_batch_and_number_of_steps(networks):
+    painter = Painter(networks, 16, batch_size=2)
+    for steps in (1, 2, 5):
+        drawn(painter, PROMPTS, steps=steps)
+    assert painter._guided.experimental_get_tracing_count() == 1
+    np.testing.assert_allclose(uniform_times(5), [1, 0.8, 0.6, 0.4, 0.2, 0], atol=1e-6)
+
+
+def test_the_noise_of_a_seed_is_its_own_and_standard_normal():
+    seeds = np.array([3, -4, 2**62])
+    noise = np.asarray(noise_of(seeds, (32, 32, 4)))
+    np.testing.assert_array_equal(noise[1:], noise_of(seeds[1:], (32, 32, 4)))
+    for own in noise:
+        assert abs(own.mean()) < 4 / 64
+        assert own.std() == pytest.approx(1, abs=4 / 90)
+    correlations = np.corrcoef(noise.reshape(3, -1))
+    assert np.abs(correlations - np.eye(3)).max() < 4 / 64
+
+
+def test_pixels_become_images_by_rounding_and_clipping():
+    pixels = np.array([-2.0, -1.0, -1 + 1.2 / 255, -1 + 0.8 / 255, 0.999, 1.0, 7.0], "float32")
+    received = to_images(np.tile(pixels[:, None, None, None], (1, 1, 1, 3)))
+    assert received.dtype == "uint8"
+    assert np.asarray(received)[:, 0, 0, 0].tolist() == [0, 0, 1, 0, 255, 255, 255]
+    every = np.arange(256, dtype="float32")
+    np.testing.assert_array_equal(to_images(every / 127.5 - 1), every)
+
+
+@pytest.mark.parametrize(
+    ("request_", "line"),
+    [
+        ({"prompts": []}, "prompts: received none, expected at least one"),
+        ({"prompts": ["a", " "]}, "prompts: received an empty text in row 1, expected words"),
+        ({"count": 0}, "count: received 0, expected at least 1"),
+        ({"steps": 0}, "steps: received 0, expected at least 1"),
+        ({"seed": 2**63}, f"seed: received {2**63}, expected a number of 64 bits"),
+        ({"guidance": math.nan}, "guidance: received nan, expected a finite number"),
+        ({"guidance": math.inf}, "guidance: received inf, expected a finite number"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(painter, request_, line):
+    with pytest.raises(InputError) as refusal:
+        next(generate.generate(painter, **{"prompts": PROMPTS, **request_}))
+    assert str(refusal.value) == line
+
+
+# Runs.
+
+CONFIG = Config(
+    image_size=16,
+    vae=VAEConfig(level_channels=(4, 4), blocks=(0, 0), latent_channels=2, groups=2),
+    text_encoder=TextEncoderConfig(width=8, layers=1, heads=2),
+    unet=UNetConfig((8,), (True,), blocks=0, head_channels=4, groups=4, ff_expansion=1),
+)
+
+
+def diffusion_tensors(networks, scale=1.0):
+    tensors = {}
+    for name in ("unet", "text_encoder"):
+        own = collect(named_variables(getattr(networks, name)), f"ema_{name}")
+        raw = collect(named_variables(getattr(networks, name)), name)
+        tensors |= {key: scale * value for key, value in own.items()} | {key: 0 * raw[key] for key in raw}
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def run_path(tmp_path_factory, networks):
+    """A trained run, whose newest checkpoint is not its best."""
+    path = tmp_path_factory.mktemp("runs") / "run"
+    with RunFolder.open(path, to_dict(CONFIG)) as run:
+        networks.vocabulary.save(run.vocabulary_path)
+        run.finish("vae", collect(named_variables(networks.vae), "vae"), {})
+        run.save("diffusion", 6, diffusion_tensors(networks, 0.5), {})
+        run.save_best("diffusion", 0.1, 0.05, 0.15, diffusion_tensors(networks), {"step": 3})
+    return path
+
+
+def test_load_takes_the_best_averaged_networks(run_path, networks):
+    loaded, config = load(run_path)
+    assert to_dict(config) == to_dict(CONFIG)
+    assert config.run == str(run_path)
+    for name in ("vae", "text_encoder", "unet"):
+        own, other = getattr(loaded, name), getattr(networks, name)
+        assert own is not other
+        for weight, value in zip(own.weights, other.weights, strict=True):
+            np.testing.assert_array_equal(weight, value, err_msg=weight.path)
+    assert loaded.vocabulary.words == networks.vocabulary.words
+    assert loaded.process == networks.process
+
+
+def test_without_a_best_load_takes_the_newest(tmp_path, networks):
+    with RunFolder.open(tmp_path / "run", to_dict(CONFIG)) as run:
+        networks.vocabulary.save(run.vocabulary_path)
+        run.finish("vae", collect(named_variables(networks.vae), "vae"), {})
+        run.save("diffusion", 3, diffusion_tensors(networks, 0.25), {})
+        run.save("diffusion", 6, diffusion_tensors(networks, 0.5), {})
+    for weight, value in zip(load(tmp_path / "run")[0].unet.weights, networks.unet.weights, strict=True):
+        np.testing.assert_allclose(weight, 0.5 * np.asarray(value))
+
+
+def test_a_run_that_has_not_trained_a_u_net_yet_is_refused(tmp_path, networks):
+    with RunFolder.open(tmp_path / "run", to_dict(CONFIG)) as run:
+        run.finish("vae", collect(named_variables(networks.vae), "vae"), {})
+    with pytest.raises(InputError, match="has trained no U-Net yet; expected one with a checkpoint"):
+        load(tmp_path / "run")
+    with pytest.raises(InputError, match=r"without config\.json, expected the folder of a run"):
+        load(tmp_path)
+
+
+def test_a_run_of_another_config_is_refused(tmp_path, run_path):
+    entries = json.loads((run_path / "config.json").read_text())
+    del entries["seed"]
+    (tmp_path / "config.json").write_text(json.dumps({**entries, "tricks": 1}))
+    with pytest.raises(InputError, match=r"unknown keys \['tricks'\] and lacks \['seed'\]"):
+        load(tmp_path)
+
+
+# Files.
+
+
+def test_every_picture_is_a_png_that_says_what_it_is(run_path, painter, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\ufeffone red flower\n\n  \ntwo green leaves\r\n", encoding="utf-8")
+    settings = {"count": 2, "seed": 3, "steps": STEPS, "guidance": GUIDANCE}
+    paths = write_pictures(run_path, ["äther"], prompts, **settings, out=tmp_path / "a" / "b")
+    texts = ["äther", "one red flower", "two green leaves"]
+    assert [path.name for path in paths] == [f"{index:04d}.png" for index in range(6)]
+    expected = drawn(painter, texts, count=2, seed=3)
+    for path, picture in zip(paths, expected, strict=True):
+        with Image.open(path) as file:
+            np.testing.assert_allclose(np.asarray(file).astype(int), picture.image, atol=1)
+            assert file.text == {
+                "prompt": picture.prompt,
+                "seed": str(picture.seed),
+                "steps": "3",
+                "guidance": "2.0",
+                "run": str(run_path),
+            }
+    grid = captioned_grid([picture.image for picture in expected], [picture.prompt for picture in expected])
+    with Image.open(tmp_path / "a" / "b" / "grid.png") as file:
+        assert file.size == grid.size
+        np.testing.assert_allclose(np.asarray(file).astype(int), np.asarray(grid), atol=1)
+    assert sorted(os.listdir(tmp_path / "a" / "b")) == [*(path.name for path in paths), "grid.png"]
+    assert f"6 pictures and grid.png in {tmp_path / 'a' / 'b'}" in capsys.readouterr().out
+
+
+def test_steps_and_guidance_default_to_the_runs(run_path, tmp_path):
+    (path,) = write_pictures(run_path, ["one red flower"], out=tmp_path)
+    with Image.open(path) as file:
+        judged = CONFIG.evaluation
+        assert (file.text["steps"], file.text["guidance"]) == (str(judged.steps), str(judged.guidance))
+
+
+@pytest.mark.parametrize(
+    ("request_", "line"),
+    [
+        ({"prompt": ()}, "prompts: received none"),
+        ({"prompt": ("",)}, "prompts: received an empty text in row 0"),
+        ({"count": 0}, "count: received 0"),
+        ({"steps": 0}, "steps: received 0"),
+        ({"batch_size": 0}, "--batch-size: received 0"),
+        ({"guidance": math.nan}, "guidance: received nan"),
+        ({"prompts": "absent.txt"}, "--prompts: received absent.txt, expected a text file in UTF-8"),
+        ({"run": "absent"}, "absent: received a folder without config.json"),
+    ],
+)
+def test_a_refused_request_writes_nothing(run_path, tmp_path, request_, line):
+    request = {"run": run_path, "prompt": ("one red flower",), "out": tmp_path / "out", **request_}
+    with pytest.raises(InputError) as refusal:
+        write_pictures(**request)
+    assert str(refusal.value).startswith(line)
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_prompts_file_that_is_no_text_is_refused(run_path, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xff\xfe\x00flower\x9d")
+    with pytest.raises(InputError, match="expected a text file in UTF-8"):
+        write_pictures(run_path, prompts=tmp_path / "prompts.txt", out=tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_written_is_refused(run_path, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(Painter, "draw", lambda *request: pytest.fail("refused only after drawing"))
+    with pytest.raises(InputError, match=r"--out: received .*file, which cannot be written \(File exists\)"):
+        write_pictures(run_path, ["one red flower"], out=tmp_path / "file")
+
+
+# Sheets.
+
+
+def test_the_grid_shows_every_picture_above_its_caption():
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (5, 128, 128, 3)).astype("uint8")
+    sheet = np.asarray(captioned_grid(pictures, ["flower"] * 4 + [" "], columns=3))
+    assert sheet.shape[1] == 3 * 136 + 8
+    top = [row for row in range(sheet.shape[0]) if (sheet[row, 8:136] == pictures[0, 0]).all()]
+    assert top == [8]
+    tile = next(row for row in range(9, sheet.shape[0]) if (sheet[row, 8:136] == pictures[3, 0]).all()) - 8
+    for index, picture in enumerate(pictures):
+        left, upper = 8 + (index % 3) * 136, 8 + (index // 3) * tile
+        np.testing.assert_array_equal(sheet[upper : upper + 128, left : left + 128], picture)
+        has_text = (sheet[upper + 128 : upper + tile - 2, left : left + 128] < 128).any()
+        assert has_text == (index != 4)
+
+
+def test_small_pictures_are_enlarged_and_large_ones_kept():
+    small, large = (np.zeros((side, side, 3), "uint8") for side in (16, 200))
+    assert captioned_grid([small], [""]).size[0] == 128 + 16
+    assert captioned_grid([large], [""]).size[0] == 200 + 16
+
+
+def test_save_png_keeps_any_text(tmp_path):
+    save_png(Picture(np.zeros((4, 4, 3), "uint8"), "ein „roter“ 花", -1), tmp_path / "x.png", note="ü\nb")
+    with Image.open(tmp_path / "x.png") as file:
+        assert file.text == {"prompt": "ein „roter“ 花", "seed": "-1", "note": "ü\nb"}
+
+
+def test_a_damaged_vocabulary_is_refused(run_path, tmp_path):
+    (tmp_path / "v.json").write_text("{")
+    with pytest.raises(InputError, match=r"v\.json: cannot be read as a vocabulary"):
+        Vocabulary.load(tmp_path / "v.json")

@@ -1,0 +1,498 @@
+"""A step does what the formula says, on one replica and on two, and nothing else changes the weights."""
+
+import math
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from diffusion.schedule import Process
+from generate import Painter
+from input_pipeline import (
+    Augmentation,
+    Latents,
+    latent_batches,
+    picture_batches,
+    picture_validation_batches,
+    validation_batches,
+)
+from metrics import KID, kid, psnr
+from trainer import AdamW, LatentDiffusionTrainer, VAETrainer, adamw, reconstruct, warmup_cosine
+
+IMAGE_SIZE, LATENT_SHAPE = 16, (8, 8, 2)
+STEPS, BATCH = 4, 8
+EMA = 0.3  # so small that the warm-up (1 + step) / (10 + step) passes it within the few steps
+CLIP_NORM = 0.05
+
+
+def rates(times):
+    """(noise rates, signal rates) of the default schedule by its definition: angles linear in the time."""
+    angles = math.acos(0.95) + np.reshape(times, (-1, 1, 1, 1)) * (math.acos(0.02) - math.acos(0.95))
+    return np.sin(angles), np.cos(angles)
+
+
+def tensors(batch):
+    return {name: tf.convert_to_tensor(value) for name, value in batch.items()}
+
+
+def arrays(variables):
+    return [np.asarray(variable) for variable in variables]
+
+
+def largest_difference(one, other):
+    """Of two lists of arrays, relative to the largest value of each."""
+    assert len(one) == len(other) > 0
+    return max(np.abs(a - b).max() / np.abs(a).max() for a, b in zip(one, other, strict=True))
+
+
+# The optimizer.
+
+
+def reduced_step(strategy, gradients_of_replicas, optimizer, variables):
+    """Applies to each replica its own share of the gradients, as `train_step` does."""
+
+    def step():
+        replica = tf.distribute.get_replica_context()
+        shares = tf.constant(gradients_of_replicas)[replica.replica_id_in_sync_group]
+        optimizer.apply([shares[0], shares[1:]], variables)
+
+    strategy.run(tf.function(step))
+
+
+@pytest.mark.parametrize("gradients", [[[18.0, 24.0], [-6.0, -8.0]], [[6.0, 8.0], [6.0, 8.0]]])
+def test_clipping_sees_the_gradient_of_the_whole_batch(two_replicas, gradients):
+    # The mean over the replicas is (6, 8), whose norm of 10 is clipped to 1; replica by replica it would be 2 or 0.
+    with two_replicas.scope():
+        variables = [keras.Variable(0.0, name="a"), keras.Variable([0.0], name="b")]
+        optimizer = AdamW(1.0, beta_1=0.0, weight_decay=0.0, global_clipnorm=1.0)
+        optimizer.build(variables)
+    reduced_step(two_replicas, np.divide(gradients, 2).astype("float32"), optimizer, variables)
+    momentums = [np.asarray(momentum) for momentum in optimizer._momentums]  # beta 0: the gradient itself
+    np.testing.assert_allclose(np.hstack(momentums), [0.6, 0.8], rtol=1e-6)
+
+
+def adamw_in_numpy(values, gradients, rate, decay, clip_norm, decayed):
+    """Loshchilov & Hutter 2019, algorithm 2, with the gradients of every step clipped by their global norm.
+
+    Keras adds its epsilon before the bias correction, as Kingma & Ba 2015 do at the end of their section 2.
+    """
+    m, v = [np.zeros_like(value) for value in values], [np.zeros_like(value) for value in values]
+    for t, own in enumerate(gradients, start=1):
+        norm = math.sqrt(sum(np.square(gradient).sum() for gradient in own))
+        for i, gradient in enumerate(own):
+            gradient = gradient * min(1.0, clip_norm / norm)
+            m[i], v[i] = 0.9 * m[i] + 0.1 * gradient, 0.99 * v[i] + 0.01 * gradient**2
+            step = math.sqrt(1 - 0.99**t) / (1 - 0.9**t) * m[i] / (np.sqrt(v[i]) + 1e-7)
+            values[i] = values[i] - rate * (step + decay * decayed[i] * values[i])
+    return values
+
+
+def test_adamw_is_the_papers_and_decays_kernels_only():
+    layers = [keras.layers.Embedding(5, 3), keras.layers.LayerNormalization(), keras.layers.Dense(2)]
+    tokens = np.array([[1, 1, 3], [3, 1, 0]], "int32")  # words come twice: their gradients must add up
+    model = keras.Sequential(layers)
+    model(tokens)
+    embeddings, gamma, beta, kernel, bias = variables = model.trainable_variables
+    before = [np.asarray(variable, "float64") for variable in variables]
+    optimizer = adamw(variables, learning_rate=0.01, weight_decay=0.5, clip_norm=0.7)
+    gradients = []
+    for seed in range(3):
+        pull = np.random.default_rng(seed).normal(size=(2, 3, 2)).astype("float32")
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(model(tokens) * pull)
+        own = tape.gradient(loss, variables)
+        gradients.append([tf.convert_to_tensor(gradient).numpy().astype("float64") for gradient in own])
+        optimizer.apply(own, variables)
+    expected = adamw_in_numpy(before, gradients, 0.01, 0.5, 0.7, decayed=(0, 0, 0, 1, 0))
+    for variable, value in zip(variables, expected, strict=True):
+        np.testing.assert_allclose(variable, value, rtol=1e-4, atol=1e-6, err_msg=variable.path)
+
+
+def test_of_our_networks_only_matrices_and_convolutions_decay(toy_networks):
+    networks = toy_networks()
+    variables = [
+        variable
+        for network in (networks.vae, networks.text_encoder, networks.unet)
+        for variable in network.trainable_variables
+    ]
+    optimizer = adamw(variables, learning_rate=0.1, weight_decay=0.5, clip_norm=0)
+    before = arrays(variables)
+    optimizer.apply([tf.zeros(variable.shape) for variable in variables], variables)  # decay is all that acts
+    for variable, value in zip(variables, before, strict=True):
+        is_table = "words" in variable.path or "positions" in variable.path
+        decayed = value.ndim > 1 and not is_table
+        np.testing.assert_allclose(variable, value * (0.95 if decayed else 1.0), rtol=1e-6)
+
+
+def test_the_learning_rate_climbs_linearly_and_falls_along_a_cosine():
+    rate = warmup_cosine(2.0, steps=100, warmup_steps=20)
+    for step in (0, 5, 20):
+        assert float(rate(step)) == pytest.approx(0.1 + (2.0 - 0.1) * step / 20, rel=1e-5)
+    for step in (20, 35, 60, 100, 200):
+        fall = (1 + math.cos(math.pi * min(1.0, (step - 20) / 80))) / 2
+        assert float(rate(step)) == pytest.approx(2.0 * (0.01 + 0.99 * fall), rel=1e-5)
+
+
+@pytest.mark.parametrize(("steps", "warmup_steps"), [(6, 100), (1, 100), (1, 0), (4, 0)])
+def test_a_training_shorter_than_its_warm_up_still_learns(steps, warmup_steps):
+    rate = warmup_cosine(2.0, steps, warmup_steps)
+    rates = [float(rate(step)) for step in range(steps)]
+    assert min(rates) > 0
+    assert max(rates) == pytest.approx(2.0)
+
+
+# Both trainers, on one replica and on two.
+
+
+class Colours:
+    """Features without a network: mean colours of a grid of fields."""
+
+    def __call__(self, images, progress=False):
+        fields = images.reshape(len(images), 4, IMAGE_SIZE // 4, 4, IMAGE_SIZE // 4, 3)
+        return fields.mean(axis=(2, 4)).reshape(len(images), -1) / 255.0
+
+
+class Watch(keras.callbacks.Callback):
+    """Keeps what a training showed to its callbacks."""
+
+    def on_train_begin(self, logs=None):
+        self.raw, self.logs = [self._weights()], []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.raw.append(self._weights())
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.logs.append(dict(logs))
+
+    def _weights(self):
+        return arrays(self.model.trained_variables)
+
+
+class Trained(NamedTuple):
+    trainer: keras.Model
+    averaged_before: list
+    watch: Watch
+    history: dict
+    validation: tf.data.Dataset
+
+
+def latents(n=13):
+    rng = np.random.default_rng(5)
+    shape = (n, 2, *LATENT_SHAPE)
+    return Latents(rng.normal(size=shape).astype("float32"), rng.normal(-3, 1, shape).astype("float32"))
+
+
+def captions(n=13):
+    tokens = np.random.default_rng(6).integers(1, 9, (n, 2, 7)).astype("int32")
+    tokens[:, :, 4:] = 10
+    return list(tokens)
+
+
+def fit_diffusion(strategy, light_networks):
+    """Two epochs of the diffusion trainer; the gradient is never clipped, so that its scale shows in the optimizer."""
+    with strategy.scope():
+        networks = light_networks(1)
+        metric = KID(Colours())
+        metric.set_real(np.random.default_rng(0).uniform(size=(6, 48)))
+        settings = {"kid": metric, "kid_tokens": np.concatenate(captions())[:6]}
+        trainer = LatentDiffusionTrainer(
+            networks, IMAGE_SIZE, EMA, draw={"steps": 2, "guidance": 2.0}, draw_batch=4, **settings
+        )
+        trainer.compile(adamw(trainer.trained_variables, learning_rate=0.01, weight_decay=0.1, clip_norm=0))
+    averaged = arrays(trainer.ema_unet.weights + trainer.ema_text_encoder.weights)
+    data = (latents(), captions(), networks.vocabulary)
+    stream = {"batch_size": BATCH, "seed": 3}
+    validation = validation_batches(*data, batch_size=4, seed=3, ids=range(5))
+    watch = Watch()
+    history = trainer.fit(
+        latent_batches(*data, **stream, caption_dropout=0.3),
+        steps_per_epoch=STEPS // 2,
+        epochs=2,
+        validation_data=validation,
+        callbacks=[watch],
+        shuffle=False,
+        verbose=0,
+    ).history
+    return Trained(trainer, averaged, watch, history, validation)
+
+
+def distance(pixels, others):
+    """A stand-in for the perceptual distance."""
+    return tf.reduce_max(tf.square(pixels - others), axis=(1, 2, 3))
+
+
+def fit_vae(strategy, toy_networks):
+    """Two epochs of the autoencoder's trainer; every gradient is clipped."""
+    with strategy.scope():
+        trainer = VAETrainer(toy_networks(2).vae, "mse", 1e-2, distance, 0.1)
+        optimizer = adamw(
+            trainer.trained_variables, learning_rate=0.01, weight_decay=0.1, clip_norm=CLIP_NORM
+        )
+        trainer.compile(optimizer)
+    pictures = np.random.default_rng(0).integers(0, 256, (13, IMAGE_SIZE, IMAGE_SIZE, 3)).astype("uint8")
+    stream = {"image_size": IMAGE_SIZE, "seed": 3, "latent_shape": LATENT_SHAPE}
+    validation = picture_validation_batches(pictures[:5], batch_size=4, **stream)
+    watch = Watch()
+    history = trainer.fit(
+        picture_batches(pictures, batch_size=BATCH, augmentation=Augmentation(), **stream),
+        steps_per_epoch=STEPS // 2,
+        epochs=2,
+        validation_data=validation,
+        callbacks=[watch],
+        shuffle=False,
+        verbose=0,
+    ).history
+    return Trained(trainer, [], watch, history, validation)
+
+
+@pytest.fixture(scope="module")
+def trained(two_replicas, toy_networks, light_networks):
+    """A function (kind, replicas) -> Trained; each is trained once."""
+    strategies, done = {1: tf.distribute.get_strategy(), 2: two_replicas}, {}
+    fits = {"diffusion": (fit_diffusion, light_networks), "vae": (fit_vae, toy_networks)}
+
+    def get(kind, replicas=1):
+        if (kind, replicas) not in done:
+            fit, networks = fits[kind]
+            done[kind, replicas] = fit(strategies[replicas], networks)
+        return done[kind, replicas]
+
+    return get
+
+
+each_kind = pytest.mark.parametrize("kind", ["diffusion", "vae"])
+each_number = pytest.mark.parametrize("replicas", [1, 2])
+
+
+@each_kind
+def test_two_replicas_do_what_one_does(trained, kind):
+    one, two = trained(kind, 1), trained(kind, 2)
+    for name, network in one.trainer.networks.items():
+        assert largest_difference(arrays(network.weights), arrays(two.trainer.networks[name].weights)) < 1e-5
+    # AdamW's step hides the gradient's scale; its moments show it.
+    slots = [arrays(run.trainer.optimizer.variables) for run in (one, two)]
+    assert largest_difference(*slots) < 1e-3
+    assert one.history.keys() == two.history.keys()
+    for name, values in one.history.items():
+        assert two.history[name] == pytest.approx(values, rel=1e-4), name
+
+
+@each_kind
+def test_training_moves_every_weight(trained, kind):
+    watch = trained(kind).watch
+    assert len(watch.raw) == STEPS + 1
+    assert all((first != last).any() for first, last in zip(watch.raw[0], watch.raw[-1], strict=True))
+
+
+@each_kind
+def test_all_replicas_hold_the_same_numbers(trained, kind):
+    trainer = trained(kind, 2).trainer
+    variables = [variable for network in trainer.networks.values() for variable in network.weights]
+    for variable in variables + trainer.optimizer.variables:
+        first, second = (np.asarray(value) for value in variable.value.values)
+        np.testing.assert_array_equal(first, second, err_msg=variable.path)
+
+
+def test_the_networks_draw_nothing_themselves(toy_networks):
+    # A seed generator inside a network would give every replica the same numbers, and none of them to a resumed run.
+    networks = toy_networks()
+    for network in (networks.vae, networks.text_encoder, networks.unet):
+        assert len(network.variables) == len(network.weights), network.name
+
+
+def test_replicas_see_different_noise(toy_networks):
+    vocabulary = toy_networks(1).vocabulary
+    same = Latents(*(np.repeat(part[:1], 8, axis=0) for part in latents()))
+    text = [captions()[0][:1]] * 8
+    batch = next(
+        iter(latent_batches(same, text, vocabulary, batch_size=8, seed=0, caption_dropout=0))
+    )  # one picture, eight times
+    for name in ("noise", "latents", "diffusion_times"):
+        rows = np.asarray(batch[name]).reshape(8, -1)
+        assert len(np.unique(rows, axis=0)) == 8, name
+
+
+@each_number
+def test_the_average_follows_its_recurrence(trained, replicas):
+    run = trained("diffusion", replicas)
+    expected = [value.astype("float64") for value in run.averaged_before]
+    for step, raw in enumerate(run.watch.raw[1:], start=1):
+        decay = min(EMA, (1 + step) / (10 + step))
+        expected = [
+            decay * average + (1 - decay) * value for average, value in zip(expected, raw, strict=True)
+        ]
+    averaged = arrays(run.trainer.ema_unet.weights + run.trainer.ema_text_encoder.weights)
+    assert largest_difference(expected, averaged) < 1e-6
+
+
+@each_number
+def test_the_raw_weights_are_not_the_average_after_fit(trained, replicas):
+    run = trained("diffusion", replicas)
+    raw = arrays(run.trainer.unet.weights + run.trainer.text_encoder.weights)
+    for value, last in zip(raw, run.watch.raw[-1], strict=True):
+        np.testing.assert_array_equal(value, last)
+    averaged = arrays(run.trainer.ema_unet.weights + run.trainer.ema_text_encoder.weights)
+    assert largest_difference(raw, averaged) > 1e-3
+
+
+@each_kind
+@each_number
+def test_validation_is_the_mean_over_the_real_pictures(trained, kind, replicas):
+    # 5 samples in batches of 4: the last batch holds 3 rows, and on two replicas a whole share, of mere filling.
+    run = trained(kind, replicas)
+    batches = list(run.validation.as_numpy_iterator())
+    assert [batch["weight"].tolist() for batch in batches] == [[1, 1, 1, 1], [1, 0, 0, 0]]
+    real = {name: np.concatenate([batch[name] for batch in batches])[:5] for name in batches[0]}
+    for name, losses in run.trainer.sample_losses(tensors(real), training=False).items():
+        assert run.history[f"val_{name}"][-1] == pytest.approx(float(np.mean(losses)), rel=1e-4, abs=1e-7)
+
+
+# The autoencoder's losses.
+
+
+@pytest.mark.parametrize("recon_loss", ["l1", "mse"])
+def test_the_autoencoders_losses_are_their_formulas(toy_networks, recon_loss):
+    vae, rng = toy_networks().vae, np.random.default_rng(0)
+    pixels = rng.uniform(-1, 1, (3, IMAGE_SIZE, IMAGE_SIZE, 3)).astype("float32")
+    noise = rng.normal(size=(3, *LATENT_SHAPE)).astype("float32")
+    losses = VAETrainer(vae, recon_loss, 0.3, distance, 0.7).sample_losses(
+        {"pixels": pixels, "posterior_noise": noise}, training=False
+    )
+    mean, logvar = np.split(np.asarray(vae.encoder(pixels), "float64"), 2, axis=-1)
+    rebuilt = np.asarray(vae.decoder((mean + np.exp(logvar / 2) * noise).astype("float32")))
+    error = rebuilt - pixels
+    recon = (np.abs(error) if recon_loss == "l1" else error**2).mean((1, 2, 3))
+    kl = 0.5 * (mean**2 + np.exp(logvar) - 1 - logvar).mean((1, 2, 3))
+    far = (error**2).max((1, 2, 3))
+    expected = {"recon_loss": recon, "kl_loss": kl, "perceptual_loss": far}
+    expected["loss"] = recon + 0.3 * kl + 0.7 * far
+    assert losses.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(losses[name], values, rtol=1e-4, err_msg=name)
+
+
+def test_without_its_weight_the_perceptual_loss_is_left_out(toy_networks):
+    trainer = VAETrainer(toy_networks().vae, perceptual=None)
+    batch = {"pixels": np.zeros((1, 16, 16, 3), "float32"), "posterior_noise": np.zeros((1, *LATENT_SHAPE))}
+    losses = trainer.sample_losses(batch, training=False)
+    assert float(losses["perceptual_loss"][0]) == 0.0
+    np.testing.assert_allclose(losses["loss"], losses["recon_loss"] + 1e-4 * losses["kl_loss"], rtol=1e-6)
+
+
+def test_an_unknown_reconstruction_loss_is_refused(toy_networks):
+    with pytest.raises(ValueError, match="Received: 'l3'"):
+        VAETrainer(toy_networks().vae, recon_loss="l3")
+
+
+def test_reconstruction_does_not_depend_on_the_batch(toy_networks):
+    vae = toy_networks().vae
+    images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3)).astype("uint8")
+    rebuilt = reconstruct(vae, images, batch_size=2)
+    pixels = vae.decode(vae.encode(images.astype("float32") / 127.5 - 1)[0])
+    by_hand = np.clip(np.asarray(pixels) * 127.5 + 127.5, 0, 255)
+    assert rebuilt.dtype == np.uint8
+    assert np.abs(rebuilt - by_hand).max() <= 0.51  # rounding
+    assert psnr(rebuilt, reconstruct(vae, images)).value > 45
+
+
+# Diffusion.
+
+
+@pytest.mark.parametrize("target", ["noise", "image", "velocity"])
+def test_the_diffusion_loss_is_its_formula(toy_networks, target):
+    trainer = LatentDiffusionTrainer(toy_networks(target=target), IMAGE_SIZE)
+    rng = np.random.default_rng(0)
+    clean, noise = rng.normal(size=(2, 3, *LATENT_SHAPE)).astype("float32")
+    times = np.array([0.0, 0.4, 1.0], "float32")
+    tokens = np.array([[1, 2, 3, 10, 10, 10, 10]] * 3, "int32")
+    batch = {
+        "latents": clean,
+        "noise": noise,
+        "diffusion_times": times,
+        "tokens": tokens,
+        "mask": tokens < 10,
+    }
+    n, s = rates(times)
+    noisy = (s * clean + n * noise).astype("float32")
+    mask = tf.constant(tokens < 10)
+    context = trainer.text_encoder([tf.constant(tokens), mask])
+    prediction = np.asarray(trainer.unet([tf.constant(noisy), tf.constant(times), context, mask]))
+    wanted = {"noise": noise, "image": clean, "velocity": s * noise - n * clean}[target]
+    expected = ((prediction - wanted) ** 2).mean((1, 2, 3))
+    np.testing.assert_allclose(
+        trainer.sample_losses(tensors(batch), training=False)["loss"], expected, rtol=1e-4
+    )
+    # A frozen text encoder's embeddings come with the batch and give the same.
+    frozen = LatentDiffusionTrainer(toy_networks(target=target), IMAGE_SIZE, train_text_encoder=False)
+    del batch["tokens"]
+    losses = frozen.sample_losses(tensors({**batch, "context": context}), training=False)
+    np.testing.assert_allclose(losses["loss"], expected, rtol=1e-4)
+    assert [variable.path for variable in frozen.trained_variables] == [
+        variable.path for variable in frozen.unet.trainable_variables
+    ]
+
+
+def test_the_schedule_is_the_cosine_by_angles(trained):
+    noise_rates, signal_rates = trained("diffusion").trainer.diffusion_schedule(
+        np.array([0.0, 0.5, 1.0], "f4")
+    )
+    n, s = rates(np.array([0.0, 0.5, 1.0]))
+    assert noise_rates.shape == signal_rates.shape == (3, 1, 1, 1)
+    np.testing.assert_allclose(noise_rates, n, rtol=1e-5)
+    np.testing.assert_allclose(signal_rates, s, rtol=1e-4)
+    assert np.ravel(signal_rates)[[0, -1]] == pytest.approx([0.95, 0.02], rel=1e-4)
+
+
+@each_number
+def test_kid_of_validation_reaches_logs_history_and_callbacks(trained, replicas):
+    run = trained("diffusion", replicas)
+    assert [logs["val_kid"] for logs in run.watch.logs] == run.history["val_kid"]
+    metric, tokens = run.trainer.kid_metric, run.trainer.kid_tokens
+    drawn = Colours()(run.trainer.generate_images(tokens))
+    expected = kid(np.random.default_rng(0).uniform(size=(6, 48)), drawn)
+    assert run.history["val_kid"][-1] == pytest.approx(expected.value, rel=1e-6)
+    assert metric.estimate() == pytest.approx(expected, rel=1e-6)
+
+
+def test_kid_is_left_out_where_it_is_not_due(trained):
+    run = trained("diffusion")
+    run.trainer.kid_due = False
+    try:
+        assert run.trainer.evaluate(run.validation, return_dict=True, verbose=0).keys() == {"loss"}
+        losses = run.trainer.evaluate(run.validation, verbose=0)
+        assert losses == pytest.approx([run.history["val_loss"][-1]], rel=1e-6)
+    finally:
+        run.trainer.kid_due = True
+
+
+def test_pictures_come_from_the_averaged_networks_and_always_the_same(trained):
+    run = trained("diffusion")
+    tokens = captions()[0]
+    images = run.trainer.generate_images(tokens)
+    assert images.dtype == np.uint8
+    assert images.shape == (2, IMAGE_SIZE, IMAGE_SIZE, 3)
+    np.testing.assert_array_equal(images, run.trainer.generate_images(tokens, seeds=[0, 1]))
+    assert (images != run.trainer.generate_images(tokens, seeds=[2, 3])).any()
+    assert (images != run.trainer.generate_images(tokens, steps=3)).any()
+    networks = run.trainer.painter.networks
+    assert networks.unet is run.trainer.ema_unet
+    assert networks.text_encoder is run.trainer.ema_text_encoder
+    again = Painter(networks._replace(process=Process()), IMAGE_SIZE, batch_size=1)
+    settings = {"steps": 2, "guidance": 2.0}
+    np.testing.assert_allclose(images, np.stack(list(again.draw(tokens, [0, 1], **settings))), atol=1)
+
+
+def test_plot_images_writes_the_pictures_as_a_grid(trained, tmp_path):
+    trainer, tokens = trained("diffusion").trainer, captions()[0]
+    trainer.plot_images(tokens, tmp_path / "a.png")
+    trainer.plot_images(tokens, tmp_path / "b.png", captions=["one", "two"])
+    sheet, other = (np.asarray(Image.open(tmp_path / name), "int16") for name in ("a.png", "b.png"))
+    for index, image in enumerate(trainer.generate_images(tokens)):
+        left = 8 + index * 136
+        shown = np.asarray(Image.fromarray(image).resize((128, 128), Image.Resampling.BICUBIC))
+        np.testing.assert_array_equal(sheet[8:136, left : left + 128], shown)
+        np.testing.assert_array_equal(other[8:136, left : left + 128], shown)
+    assert (sheet != other).any()  # the texts differ
