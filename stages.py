@@ -85,12 +85,15 @@ def train(config: settings.Config) -> Path:
 
 
 def _train(config, run, data, strategy, signals, clock):
+    judge = config.evaluation
+    # First of all, so that weights that cannot be had are refused before anything is trained.
+    features = FeatureNetwork(judge.network, judge.size, judge.weights)
     with clock.stage("autoencoder"):
         vae = _autoencoder(config, run, data, strategy, signals)
     with clock.stage("latents"):
         latents = _latents(config, run, data, vae)
     with clock.stage("diffusion"):
-        trainer = _diffusion(config, run, data, vae, latents, strategy, signals)
+        trainer = _diffusion(config, run, data, vae, latents, features, strategy, signals)
     with clock.stage("pictures"):
         _pictures(run, data, trainer)
 
@@ -306,7 +309,7 @@ def _latents(config, run, data, vae):
     )
 
 
-def _diffusion(config, run, data, vae, latents, strategy, signals):
+def _diffusion(config, run, data, vae, latents, features, strategy, signals):
     stage, judge = config.training, config.evaluation
     steps_per_epoch = stage.steps_per_epoch or max(1, len(data.train_ids) // stage.batch_size)
     keeper = Keeper(run, "diffusion", steps_per_epoch, signals, stage.epochs, kid_every=judge.every)
@@ -314,12 +317,15 @@ def _diffusion(config, run, data, vae, latents, strategy, signals):
     keras.utils.set_random_seed(config.seed)  # again: a resumed run may not have trained the autoencoder
     with strategy.scope():
         unet, text_encoder = make_diffusion(config, data.vocabulary)
+        if config.text_from:
+            _assign_text_encoder(text_encoder, RunFolder.read(config.text_from), data.vocabulary)
         process = Process(**settings.part(config.diffusion))
         trainer = LatentDiffusionTrainer(
             Networks(vae, text_encoder, unet, process, data.vocabulary),
             config.image_size,
             ema=stage.ema,
-            kid=KID(FeatureNetwork(judge.network, judge.size, judge.weights)),
+            train_text_encoder=config.text_from is None,
+            kid=KID(features),
             kid_images=_whole(data.pictures, data.validation_ids, config.image_size),
             kid_tokens=data.validation_tokens[: judge.images],
             draw=draw,
@@ -343,7 +349,12 @@ def _diffusion(config, run, data, vae, latents, strategy, signals):
         return trainer.kid_metric.estimate(), {"protocol": protocol}
 
     keeper.finish_row, keeper.choose = finish_row, choose
-    stream = {"captions": data.captions, "vocabulary": data.vocabulary, "batch_size": stage.batch_size}
+    stream = {
+        "captions": data.captions,
+        "vocabulary": data.vocabulary,
+        "batch_size": stage.batch_size,
+        "context": _text_context(run, data, text_encoder) if config.text_from else None,
+    }
     _fit(
         trainer,
         keeper,
@@ -358,6 +369,38 @@ def _diffusion(config, run, data, vae, latents, strategy, signals):
         pipeline.validation_batches(latents, seed=config.seed, ids=data.validation_ids, **stream),
     )
     return trainer
+
+
+def _assign_text_encoder(text_encoder, run, vocabulary):
+    """Gives the text encoder the averaged weights of another run of the same words, for good."""
+    saved = run.best("diffusion") or run.latest("diffusion")
+    if saved is None:
+        raise InputError(f"--text-from: received {run.path}, expected a run with a trained text encoder")
+    if pipeline.Vocabulary.load(run.vocabulary_path).words != vocabulary.words:
+        raise InputError(f"--text-from: received {run.path}, whose words are not those of the data")
+    assign(named_variables(text_encoder), saved.tensors, "ema_text_encoder", source=run.path)
+
+
+def _text_context(run, data, text_encoder):
+    """The embeddings of all captions by the frozen text encoder, computed once."""
+
+    @tf.function
+    def encode(tokens, mask):
+        return text_encoder([tokens, mask])
+
+    def context_and_mask(tokens):
+        mask = data.vocabulary.mask(tokens)
+        return np.asarray(encode(tokens, mask)), mask
+
+    return pipeline.cached_text(
+        data.captions,
+        data.vocabulary.empty(),
+        context_and_mask,
+        cache_file=run.cache_path("text.safetensors"),
+        fingerprint={
+            "text encoder": pipeline.fingerprint(*(np.asarray(weight) for weight in text_encoder.weights))
+        },
+    )
 
 
 def _made(path):

@@ -60,8 +60,9 @@ def warmup_cosine(peak, steps, warmup_steps):
 
 def adamw(variables, *, learning_rate, weight_decay, clip_norm):
     """An `AdamW`, built for `variables`, that leaves biases, norms and embeddings undecayed."""
+    # Named, for Keras numbers the optimizers of a process, and their variables would have other names on resume.
     optimizer = AdamW(
-        learning_rate, weight_decay=weight_decay, global_clipnorm=clip_norm or None, beta_2=0.99
+        learning_rate, weight_decay=weight_decay, global_clipnorm=clip_norm or None, beta_2=0.99, name="adamw"
     )
     optimizer.exclude_from_weight_decay(var_names=UNDECAYED)
     optimizer.build(variables)
@@ -299,11 +300,11 @@ def _copy(network):
 
 def reconstruct(vae, images, batch_size=32):
     """Images uint8 (N, H, W, 3) through the autoencoder's posterior mean and back."""
-
-    @tf.function
-    def there_and_back(pixels):
-        return to_images(vae.decode(vae.encode(pixels)[0]))
-
-    starts = range(0, len(images), batch_size)
-    parts = [there_and_back(images[k : k + batch_size].astype("float32") / 127.5 - 1.0) for k in starts]
+    chunks = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+    parts = [_there_and_back(vae, tf.constant(chunk.astype("float32") / 127.5 - 1.0)) for chunk in chunks]
     return np.concatenate([np.asarray(part) for part in parts])
+
+
+@tf.function(reduce_retracing=True)
+def _there_and_back(vae, pixels):  # not within `reconstruct`, where every call would trace it anew
+    return to_images(vae.decode(vae.encode(pixels)[0]))

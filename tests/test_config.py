@@ -1,0 +1,293 @@
+"""A config survives the way to disk and back, and what cannot work is refused by name."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+import config as settings
+from config import PRESETS, Config, check, from_dict, light, part, preset, to_dict
+from errors import InputError
+
+SEVEN = ["paper-flowers", "cup3", "coco", "flickr8k", "afhq", "afhq-text", "ffhq-vae"]
+READY = [name for name, entry in PRESETS.items() if entry.config]
+
+
+def changed(base, **changes):
+    """The config with `part__name=value` or `name=value` replaced."""
+    for place, value in changes.items():
+        *parts, name = place.split("__")
+        if parts:
+            own = dataclasses.replace(getattr(base, parts[0]), **{name: value})
+            base = dataclasses.replace(base, **{parts[0]: own})
+        else:
+            base = dataclasses.replace(base, **{name: value})
+    return base
+
+
+# To disk and back.
+
+
+@pytest.mark.parametrize("name", READY)
+def test_a_config_survives_json(name):
+    config = dataclasses.replace(preset(name), run="elsewhere", gpus="0,2", seed=7)
+    entries = json.loads(json.dumps(to_dict(config)))
+    assert "run" not in entries and "gpus" not in entries
+    assert from_dict(entries, run="elsewhere", gpus="0,2") == config
+    assert from_dict(entries) == dataclasses.replace(config, run=Config.run, gpus=Config.gpus)
+
+
+def test_every_setting_is_kept():
+    entries = to_dict(Config())
+    flat = {item.name for item in dataclasses.fields(Config)} - {"run", "gpus"}
+    assert entries.keys() == flat
+    assert entries["vae_training"].keys() == {
+        item.name for item in dataclasses.fields(settings.VAETrainingConfig)
+    }
+
+
+def test_unknown_and_missing_keys_are_refused():
+    entries = to_dict(Config())
+    with pytest.raises(
+        InputError, match=r"^config: received unknown keys \['tricks'\] and lacks \[\]; expected"
+    ):
+        from_dict({**entries, "tricks": 1})
+    with pytest.raises(
+        InputError, match=r"^config\.unet: received unknown keys \['x'\] and lacks \['blocks'\]"
+    ):
+        unet = {name: value for name, value in entries["unet"].items() if name != "blocks"}
+        from_dict({**entries, "unet": {**unet, "x": 1}})
+    del entries["seed"]
+    with pytest.raises(InputError, match=r"lacks \['seed'\]"):
+        from_dict(entries)
+
+
+def test_part_gives_the_keywords_of_a_constructor():
+    keywords = part(settings.AugmentationConfig(flip=False))
+    assert settings.AugmentationConfig(**keywords) == settings.AugmentationConfig(flip=False)
+    assert keywords["flip"] is False
+
+
+def test_settings_cannot_be_changed_by_accident():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().unet.blocks = 1
+
+
+# Presets.
+
+
+def test_all_seven_systems_are_named():
+    assert list(PRESETS) == SEVEN
+    for entry in PRESETS.values():
+        assert entry.summary
+        assert (entry.config is None) != (entry.lacks is None)
+
+
+@pytest.mark.parametrize("name", SEVEN)
+def test_a_preset_is_ready_or_says_what_it_lacks(name):
+    if name in READY:
+        assert preset(name).preset == name
+        check(preset(name))
+        return
+    with pytest.raises(InputError) as refusal:
+        preset(name)
+    line = f"--preset: received {name!r}, which needs {PRESETS[name].lacks}; this version cannot do that yet"
+    assert str(refusal.value) == f"{line}, expected one of {', '.join(READY)}"
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones():
+    with pytest.raises(InputError) as refusal:
+        preset("roses")
+    assert str(refusal.value) == f"--preset: received 'roses', expected one of {', '.join(SEVEN)}"
+
+
+def test_the_default_config_is_the_default_preset():
+    assert Config() == preset("paper-flowers")
+    assert len({preset(name).run for name in READY}) == len(READY)  # no two presets share a folder
+
+
+def test_the_cups_preset_has_the_cups_shapes():
+    cup = preset("cup3")
+    assert cup.image_size == 128
+    assert cup.unet.level_channels == (128, 256, 512, 512)
+    assert (cup.training.epochs, cup.training.batch_size) == (50, 16)
+    factor = 2 ** (len(cup.vae.level_channels) - 1)
+    assert (cup.image_size // factor, cup.vae.latent_channels) == (16, 4)
+    assert cup.text_encoder.width == 768
+
+
+@pytest.mark.parametrize("name", READY)
+def test_light_keeps_the_data_and_takes_the_small_networks(name):
+    small, whole = light(preset(name)), preset(name)
+    check(small)
+    for kept in ("preset", "data", "run", "seed", "image_size", "augmentation"):
+        assert getattr(small, kept) == getattr(whole, kept)
+    assert (small.vae, small.text_encoder, small.unet) == (Config().vae, Config().text_encoder, Config().unet)
+    assert small.evaluation.guidance == whole.evaluation.guidance
+
+
+# What cannot work.
+
+FINITE = "expected a finite number, at least"
+
+REFUSED = [
+    ({"image_size": 4}, f"--image-size: received 4, {FINITE} 8"),
+    ({"image_size": -64}, f"--image-size: received -64, {FINITE} 8"),
+    ({"seed": -1}, f"--seed: received -1, {FINITE} 0"),
+    ({"seed": 2**32}, f"--seed: received {2**32}, expected at most {2**32 - 1}"),
+    ({"training__epochs": 0}, f"--epochs: received 0, {FINITE} 1"),
+    ({"training__batch_size": -5}, f"--batch-size: received -5, {FINITE} 1"),
+    ({"training__latent_crops": 0}, f"--training.latent-crops: received 0, {FINITE} 1"),
+    ({"vae_training__epochs": 0}, f"--vae-training.epochs: received 0, {FINITE} 1"),
+    ({"vae_training__batch_size": 0}, f"--vae-training.batch-size: received 0, {FINITE} 1"),
+    ({"vae_training__kl_weight": -1.0}, f"--vae-training.kl-weight: received -1.0, {FINITE} 0"),
+    (
+        {"vae_training__perceptual_weight": -1.0},
+        f"--vae-training.perceptual-weight: received -1.0, {FINITE} 0",
+    ),
+    ({"evaluation__images": 2}, f"--evaluation.images: received 2, {FINITE} 3"),
+    ({"evaluation__every": 0}, f"--evaluation.every: received 0, {FINITE} 1"),
+    ({"evaluation__steps": 0}, f"--evaluation.steps: received 0, {FINITE} 1"),
+    ({"evaluation__batch_size": 0}, f"--evaluation.batch-size: received 0, {FINITE} 1"),
+    ({"evaluation__previews": 0}, f"--evaluation.previews: received 0, {FINITE} 1"),
+    ({"evaluation__size": 31}, f"--evaluation.size: received 31, {FINITE} 32"),
+    (
+        {"evaluation__network": "inception_v3", "evaluation__size": 74},
+        f"--evaluation.size: received 74, {FINITE} 75",
+    ),
+    ({"evaluation__guidance": math.nan}, "--evaluation.guidance: received nan, expected a finite number"),
+    ({"evaluation__guidance": -math.inf}, "--evaluation.guidance: received -inf, expected a finite number"),
+    (
+        {"evaluation__network": "vgg"},
+        "--evaluation.network: received 'vgg', expected one of efficientnet_lite0, inception_v3",
+    ),
+    ({"vae__latent_channels": 0}, f"--vae.latent-channels: received 0, {FINITE} 1"),
+    ({"vae__groups": 0}, f"--vae.groups: received 0, {FINITE} 1"),
+    ({"unet__groups": 0}, f"--unet.groups: received 0, {FINITE} 1"),
+    ({"unet__blocks": -1}, f"--unet.blocks: received -1, {FINITE} 0"),
+    ({"unet__ff_expansion": 0}, f"--unet.ff-expansion: received 0, {FINITE} 1"),
+    ({"text_encoder__width": 0}, f"--text-encoder.width: received 0, {FINITE} 1"),
+    ({"text_encoder__heads": 0}, f"--text-encoder.heads: received 0, {FINITE} 1"),
+    ({"text_encoder__layers": -1}, f"--text-encoder.layers: received -1, {FINITE} 0"),
+    ({"vae__level_channels": ()}, "--vae.level-channels: received none, expected the channels of a level"),
+    ({"unet__level_channels": ()}, "--unet.level-channels: received none, expected the channels of a level"),
+    (
+        {"vae__level_channels": (8, 9, 8, 8), "vae__groups": 8},
+        "--vae.level-channels: received 9, expected a multiple of --vae.groups (8)",
+    ),
+    (
+        {"unet__level_channels": (-16, 16), "unet__groups": 16},
+        "--unet.level-channels: received -16, expected a multiple of --unet.groups (16)",
+    ),
+    (
+        {"vae__level_channels": (8, 8), "vae__blocks": (1,), "vae__groups": 8},
+        "--vae.blocks: received 1, expected a number of at least 0 for each of the 2 levels",
+    ),
+    (
+        {"vae__level_channels": (8, 8), "vae__blocks": (1, -1), "vae__groups": 8},
+        "--vae.blocks: received 1 -1, expected a number of at least 0 for each of the 2 levels",
+    ),
+    ({"vae__latent_scale": 0.0}, "--vae.latent-scale: received 0.0, expected a positive number"),
+    ({"vae__latent_scale": math.nan}, "--vae.latent-scale: received nan, expected a positive number"),
+    (
+        {"unet__level_channels": (32, 32), "unet__attention_levels": (True,)},
+        "--unet.attention-levels: received 1, expected one for each of the 2 levels",
+    ),
+    (
+        {"unet__level_channels": (32, 48), "unet__attention_levels": (True, True), "unet__head_channels": 32},
+        "--unet.head-channels: received 32, expected a divisor of 48 channels",
+    ),
+    (
+        {"text_encoder__width": 10, "text_encoder__heads": 4},
+        "--text-encoder.heads: received 4, expected a divisor of the width 10",
+    ),
+    (
+        {"image_size": 33, "vae__level_channels": (8, 8), "vae__blocks": (1, 1)},
+        "--image-size: received 33, expected a multiple of 2, the factor of the autoencoder",
+    ),
+    (
+        {"image_size": 34, "vae__level_channels": (8, 8), "vae__blocks": (1, 1)},
+        "--image-size: received 34, whose latents of side 17 the U-Net cannot halve 1 times; "
+        "expected a multiple of 4",
+    ),
+    ({"training__ema": 1.01}, "--training.ema: received 1.01, expected 0 to 1"),
+    ({"training__caption_dropout": -0.1}, "--training.caption-dropout: received -0.1, expected 0 to 1"),
+    (
+        {"training__validation_fraction": math.nan},
+        "--training.validation-fraction: received nan, expected 0 to 0.5",
+    ),
+    ({"augmentation__brightness": 2.0}, "--augmentation.brightness: received 2.0, expected 0 to 1"),
+    ({"augmentation__contrast": -1.0}, "--augmentation.contrast: received -1.0, expected 0 to 1"),
+    (
+        {"augmentation__resize_min": 1.2, "augmentation__resize_max": 1.1},
+        "--augmentation.resize-min: received 1.2, expected 1 to --augmentation.resize-max (1.1)",
+    ),
+    (
+        {"augmentation__resize_min": 0.5},
+        "--augmentation.resize-min: received 0.5, expected 1 to --augmentation.resize-max (1.0)",
+    ),
+    ({"augmentation__resize_max": 5.0}, "--augmentation.resize-max: received 5.0, expected at most 4"),
+    ({"vae_training__recon_loss": "l3"}, "--vae-training.recon-loss: received 'l3', expected one of l1, mse"),
+    (
+        {"vae_training__perceptual_depth": 6},
+        "--vae-training.perceptual-depth: received 6, expected one of 1, 2, 3, 4, 5",
+    ),
+    (
+        {"diffusion__target": "flow"},
+        "--diffusion.target: received 'flow', expected one of noise, image, velocity",
+    ),
+    *(
+        (
+            {"diffusion__min_signal_rate": least, "diffusion__max_signal_rate": most},
+            f"--diffusion.min-signal-rate and --diffusion.max-signal-rate: received {least} and {most}, "
+            "expected 0 < min < max < 1",
+        )
+        for least, most in ((0.0, 0.95), (0.02, 1.0), (0.5, 0.5), (math.nan, 0.95))
+    ),
+    (
+        {"train_vae": False},
+        "--no-train-vae: expected --vae-from, the run to take a trained autoencoder from",
+    ),
+    *(
+        (
+            {f"{stage}__{name}": value},
+            f"--{flag}.{name.replace('_', '-')}: received {value}, {FINITE} {least}",
+        )
+        for stage, flag in (("training", "training"), ("vae_training", "vae-training"))
+        for name, value, least in (
+            ("warmup_steps", -1, 0),
+            ("learning_rate", math.inf, 0),
+            ("weight_decay", -0.1, 0),
+            ("clip_norm", math.nan, 0),
+            ("steps_per_epoch", 0, 1),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "line"), REFUSED, ids=[line for _, line in REFUSED])
+def test_what_cannot_work_is_refused_by_name(changes, line):
+    base = changed(
+        Config(),
+        vae__level_channels=(8, 8),
+        vae__blocks=(1, 1),
+        vae__groups=8,
+        unet__level_channels=(32, 32),
+        unet__attention_levels=(False, True),
+        unet__groups=16,
+        unet__head_channels=32,
+    )
+    check(base)
+    with pytest.raises(InputError) as refusal:
+        check(changed(base, **changes))
+    assert str(refusal.value) == line
+
+
+def test_what_is_at_the_edge_works():
+    check(changed(Config(), seed=2**32 - 1, training__warmup_steps=0, training__clip_norm=0.0))
+    check(changed(Config(), training__steps_per_epoch=None, vae_training__steps_per_epoch=None))
+    check(changed(Config(), train_vae=False, vae_from="elsewhere"))
+    check(changed(Config(), training__ema=0.0, training__caption_dropout=1.0, vae__latent_scale=0.18215))
