@@ -131,6 +131,7 @@ class Config:
     vae_from: str | None = (
         None  # another run's folder, whose trained autoencoder is taken (and fine-tuned with train_vae)
     )
+    text_from: str | None = None  # another run's folder, whose text encoder is taken and stays as it is
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)

@@ -86,14 +86,15 @@ def train(config: settings.Config) -> Path:
 
 def _train(config, run, data, strategy, signals, clock):
     judge = config.evaluation
-    # First of all, so that weights that cannot be had are refused before anything is trained.
+    # First of all, so that what cannot be had is refused before anything is trained.
     features = FeatureNetwork(judge.network, judge.size, judge.weights)
+    text = _text_encoder_from(config.text_from, data.vocabulary) if config.text_from else None
     with clock.stage("autoencoder"):
         vae = _autoencoder(config, run, data, strategy, signals)
     with clock.stage("latents"):
         latents = _latents(config, run, data, vae)
     with clock.stage("diffusion"):
-        trainer = _diffusion(config, run, data, vae, latents, features, strategy, signals)
+        trainer = _diffusion(config, run, data, vae, latents, features, text, strategy, signals)
     with clock.stage("pictures"):
         _pictures(run, data, trainer)
 
@@ -309,7 +310,7 @@ def _latents(config, run, data, vae):
     )
 
 
-def _diffusion(config, run, data, vae, latents, features, strategy, signals):
+def _diffusion(config, run, data, vae, latents, features, text, strategy, signals):
     stage, judge = config.training, config.evaluation
     steps_per_epoch = stage.steps_per_epoch or max(1, len(data.train_ids) // stage.batch_size)
     keeper = Keeper(run, "diffusion", steps_per_epoch, signals, stage.epochs, kid_every=judge.every)
@@ -317,14 +318,14 @@ def _diffusion(config, run, data, vae, latents, features, strategy, signals):
     keras.utils.set_random_seed(config.seed)  # again: a resumed run may not have trained the autoencoder
     with strategy.scope():
         unet, text_encoder = make_diffusion(config, data.vocabulary)
-        if config.text_from:
-            _assign_text_encoder(text_encoder, RunFolder.read(config.text_from), data.vocabulary)
+        if text:
+            assign(named_variables(text_encoder), text, "ema_text_encoder", source=config.text_from)
         process = Process(**settings.part(config.diffusion))
         trainer = LatentDiffusionTrainer(
             Networks(vae, text_encoder, unet, process, data.vocabulary),
             config.image_size,
             ema=stage.ema,
-            train_text_encoder=config.text_from is None,
+            train_text_encoder=text is None,
             kid=KID(features),
             kid_images=_whole(data.pictures, data.validation_ids, config.image_size),
             kid_tokens=data.validation_tokens[: judge.images],
@@ -353,7 +354,7 @@ def _diffusion(config, run, data, vae, latents, features, strategy, signals):
         "captions": data.captions,
         "vocabulary": data.vocabulary,
         "batch_size": stage.batch_size,
-        "context": _text_context(run, data, text_encoder) if config.text_from else None,
+        "context": _text_context(run, data, text_encoder) if text else None,
     }
     _fit(
         trainer,
@@ -371,14 +372,15 @@ def _diffusion(config, run, data, vae, latents, features, strategy, signals):
     return trainer
 
 
-def _assign_text_encoder(text_encoder, run, vocabulary):
-    """Gives the text encoder the averaged weights of another run of the same words, for good."""
+def _text_encoder_from(path, vocabulary):
+    """The tensors of another run of the same words, among them its averaged text encoder."""
+    run = RunFolder.read(path)
     saved = run.best("diffusion") or run.latest("diffusion")
     if saved is None:
-        raise InputError(f"--text-from: received {run.path}, expected a run with a trained text encoder")
+        raise InputError(f"--text-from: received {path}, expected a run with a trained text encoder")
     if pipeline.Vocabulary.load(run.vocabulary_path).words != vocabulary.words:
-        raise InputError(f"--text-from: received {run.path}, whose words are not those of the data")
-    assign(named_variables(text_encoder), saved.tensors, "ema_text_encoder", source=run.path)
+        raise InputError(f"--text-from: received {path}, whose words are not those of the data")
+    return saved.tensors
 
 
 def _text_context(run, data, text_encoder):

@@ -120,13 +120,19 @@ def test_the_cups_preset_has_the_cups_shapes():
 
 
 @pytest.mark.parametrize("name", READY)
-def test_light_keeps_the_data_and_takes_the_small_networks(name):
+def test_light_keeps_the_data_and_the_judgement(name):
     small, whole = light(preset(name)), preset(name)
     check(small)
     for kept in ("preset", "data", "run", "seed", "image_size", "augmentation"):
         assert getattr(small, kept) == getattr(whole, kept)
-    assert (small.vae, small.text_encoder, small.unet) == (Config().vae, Config().text_encoder, Config().unet)
     assert small.evaluation.guidance == whole.evaluation.guidance
+
+
+def test_light_takes_smaller_networks_than_the_cups():
+    small, whole = light(preset("cup3")), preset("cup3")
+    assert sum(small.unet.level_channels) < sum(whole.unet.level_channels) / 2
+    assert sum(small.vae.level_channels) < sum(whole.vae.level_channels)
+    assert small.text_encoder.width < whole.text_encoder.width
 
 
 # What cannot work.

@@ -14,7 +14,6 @@ import generate
 import stages
 from config import Config
 from dataset import paper_flowers
-from errors import InputError
 
 ROOT = Path(cup3.__file__).parent
 
@@ -112,7 +111,7 @@ def test_data_draws_the_flowers(tmp_path, capsys):
         (["--preset", "coco"], "--preset: received 'coco', which needs CLIP"),
         (["--image-size", "63"], "--image-size: received 63, expected a multiple of"),
         (["--batch-size", "-5"], "--batch-size: received -5, expected"),
-        (["--data", "absent"], "absent: is no folder; expected one with captioned pictures"),
+        (["--data", "absent", "--run", "r"], "absent: is no folder; expected one with captioned pictures"),
         (["--gpus", "first"], "--gpus: received 'first', expected all, none, or indices"),
         (["generate", "--run", "absent", "--prompt", "x"], "absent: received a folder without config.json"),
         (["generate", "--prompts", "absent.txt"], "--prompts: received absent.txt, expected a text file"),
@@ -183,11 +182,8 @@ def test_faults_of_our_own_are_not_dressed_up(monkeypatch):
 
 def test_the_words_are_parsed_without_tensorflow():
     # A mistyped flag is told at once, not after the seconds that TensorFlow takes to import.
-    script = "import sys, cup3; code = cup3.main(['--preset', 'x']); sys.exit(code + 10 * ('tensorflow' in sys.modules))"
+    script = "import sys, cup3; code = cup3.main(['--preset', 'x']); "
+    script += "sys.exit(code + 10 * ('tensorflow' in sys.modules))"
     process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 2
     assert process.stderr.startswith("cup3: --preset: received 'x'")
-
-
-def test_input_errors_are_what_the_user_gave():
-    assert issubclass(InputError, ValueError)

@@ -26,7 +26,8 @@ from callbacks import Interrupted, Keeper, Signals
 from checkpoint import RunFolder
 from dataset import paper_flowers
 from errors import InputError
-from input_pipeline import Latents, latent_batches, read_pictures, split, validation_batches
+from generate import load
+from input_pipeline import Latents, latent_batches, load_data, read_pictures, split, validation_batches
 from metrics import KID
 from trainer import LatentDiffusionTrainer, adamw, warmup_cosine
 
@@ -52,8 +53,7 @@ TINY = {
     "vae-training.epochs": EPOCHS,
     "vae-training.steps-per-epoch": STEPS,
     "vae-training.batch-size": 8,
-    "vae-training.perceptual-weight": 0.01,
-    "vae-training.perceptual-depth": 1,
+    "vae-training.perceptual-weight": 0,
     "epochs": EPOCHS,
     "training.steps-per-epoch": STEPS,
     "batch-size": 8,
@@ -376,7 +376,7 @@ def test_the_run_says_what_it_does_and_where_things_are(finished):
 
 
 def test_the_latents_have_unit_scale(finished, flowers):
-    networks, _ = stages_load(finished[0])
+    networks, _ = load(finished[0])
     train_ids, _ = split(48, 0.125, seed=0)
     paths = sorted((flowers / "102flowers").iterdir())[:48]
     images = read_pictures(paths, 32, progress=False)[train_ids]
@@ -384,12 +384,6 @@ def test_the_latents_have_unit_scale(finished, flowers):
     latents = mean + np.exp(logvar / 2) * np.random.default_rng(0).normal(size=mean.shape)
     np.testing.assert_allclose(latents.mean((0, 1, 2)), 0, atol=0.04)
     np.testing.assert_allclose(latents.std((0, 1, 2)), 1, atol=0.04)
-
-
-def stages_load(path):
-    import generate
-
-    return generate.load(path)
 
 
 def test_the_command_that_it_ends_with_draws_a_picture(finished, tmp_path, capsys):
@@ -427,9 +421,14 @@ def test_the_same_command_again_does_nothing_more_and_says_so(finished, flowers,
 # Stopped by signals, in processes of their own.
 
 CHILD = """
-import signal, sys, time
-import callbacks, cup3
+import random, signal, sys, time
+import callbacks, cup3, stages
 stage, step = sys.argv[1], int(sys.argv[2])
+latents = stages._latents
+def latents_after_other_draws(*arguments):
+    random.random()  # on which the first weights of what follows must not depend
+    return latents(*arguments)
+stages._latents = latents_after_other_draws
 begin = callbacks.Keeper.on_train_batch_begin
 def wait_in_the_step(self, batch, logs=None):
     begin(self, batch, logs)
@@ -497,7 +496,7 @@ def test_a_stopped_run_saves_says_how_to_go_on_and_ends_as_one_that_was_not(
     assert without_seconds(run.rows()) == without_seconds(whole.rows())
 
 
-# Autoencoders from elsewhere, and other data.
+# Networks from elsewhere, and other data.
 
 
 @pytest.fixture
@@ -528,7 +527,7 @@ def test_a_folder_with_metadata_trains_on_another_runs_autoencoder(finished, pho
     assert row["val_kid_floor"] is None
     assert math.isfinite(row["val_kid"])
     assert (folder / "curves.png").exists()
-    networks, _ = stages_load(folder)
+    networks, _ = load(folder)
     assert {"flower", "number", "11", "again"} <= set(networks.vocabulary.words)
 
 
@@ -541,12 +540,15 @@ def prepared(data, folder, **changes):
 
 def test_train_vae_begins_with_the_other_runs_autoencoder(finished, flowers, tmp_path):
     still = {"vae_training.learning_rate": 0.0, "vae_training.epochs": 1, "vae_training.steps_per_epoch": 1}
+    still |= {"vae_training.perceptual_weight": 0.1, "vae_training.perceptual_depth": 1}
     line = words(flowers, tmp_path / "run", vae_from=finished[0], **still)
     chosen = cup3.parse([*line, "--train-vae", "True"])[1]
     with RunFolder.open(tmp_path / "run", stages.settings.to_dict(chosen)) as run, Signals() as signals:
         data = stages._data(chosen, run)
         stages._autoencoder(chosen, run, data, tf.distribute.get_strategy(), signals)
-        assert [(row["stage"], row["step"]) for row in run.rows()] == [("vae", 1)]  # it was trained
+        (row,) = run.rows()
+        assert (row["stage"], row["step"]) == ("vae", 1)  # it was trained
+        assert row["loss"] > row["recon_loss"] and 0 < row["perceptual_loss"] < 4
         mine, others = run.finished("vae").tensors, RunFolder.read(finished[0]).finished("vae").tensors
     for name in mine:  # at no speed, so it is what it began with, and its statistics come out the same
         np.testing.assert_allclose(mine[name], others[name], rtol=1e-4, atol=1e-6, err_msg=name)
@@ -561,6 +563,46 @@ def test_an_autoencoder_of_another_shape_or_none_is_refused(finished, flowers, t
     assert bare == f"--vae-from: received {tmp_path / 'bare'}, expected a run with a trained autoencoder"
     none = refusal(capsys, words(flowers, tmp_path / "run", vae_from=tmp_path / "absent"))
     assert none.startswith(f"{tmp_path / 'absent'}: received a folder without config.json")
+    assert not (tmp_path / "run").exists()
+
+
+def test_text_from_takes_the_text_encoder_of_another_run_as_it_is(finished, flowers, tmp_path, monkeypatch):
+    seen = {}
+
+    def look(trainer, keeper, batches_from, validation):
+        batch = next(iter(batches_from(3)))
+        seen.update(trainer=trainer, batches=[batch, next(iter(validation))])
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(stages, "_fit", look)
+    sources = {"vae_from": finished[0], "text_from": finished[0]}
+    with pytest.raises(SystemExit):
+        cup3.main(words(flowers, tmp_path / "run", **sources, **{"training.caption_dropout": 0}))
+    encoder, best = seen["trainer"].text_encoder, RunFolder.read(finished[0]).best("diffusion").tensors
+    for weight in encoder.weights:
+        np.testing.assert_array_equal(weight, best[f"ema_text_encoder/{weight.path}"])
+    assert seen["trainer"].trained_variables == seen["trainer"].unet.trainable_variables
+    data = load_data(flowers)
+    for batch in seen["batches"]:
+        assert "tokens" not in batch
+        for index, context, mask in zip(batch["sample_ids"], batch["context"], batch["mask"], strict=True):
+            tokens = data.captions[int(index)]
+            masks = data.vocabulary.mask(tokens)
+            own = np.asarray(encoder([tf.constant(tokens), tf.constant(masks)]))
+            nearest = np.abs(own - context).max((1, 2)).argmin()  # one of its five captions
+            np.testing.assert_allclose(own[nearest], context, atol=1e-5)
+            np.testing.assert_array_equal(masks[nearest], mask)
+
+
+def test_a_text_encoder_of_other_words_or_none_is_refused(finished, photographs, tmp_path, capsys):
+    changes = {"training.validation_fraction": 0.25}
+    other_words = words(photographs, tmp_path / "run", text_from=finished[0], **changes)
+    line = f"--text-from: received {finished[0]}, whose words are not those of the data"
+    assert refusal(capsys, other_words) == line
+    with RunFolder.open(tmp_path / "bare", {"seed": 0}):
+        pass
+    bare = refusal(capsys, words(photographs, tmp_path / "run", text_from=tmp_path / "bare", **changes))
+    assert bare == f"--text-from: received {tmp_path / 'bare'}, expected a run with a trained text encoder"
     assert not (tmp_path / "run").exists()
 
 
