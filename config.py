@@ -55,6 +55,7 @@ class UNetConfig:
     head_channels: int = 32  # channels a head
     groups: int = 16  # groups of the normalisations
     ff_expansion: int = 2  # width of the feed-forward parts, in multiples of the channels
+    pooled_context: bool = True  # whether the mean of the text's embeddings joins the time's
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ CUP3 = Config(
         head_channels=64,
         groups=32,
         ff_expansion=4,
+        pooled_context=False,
     ),
     vae_training=VAETrainingConfig(epochs=20, steps_per_epoch=None, learning_rate=1e-3, warmup_steps=500),
     training=TrainingConfig(

@@ -49,6 +49,41 @@ class TimeEmbedding(keras.layers.Layer):
         return {**super().get_config(), "features": self.features, "width": self.width}
 
 
+class PooledContext(keras.layers.Layer):
+    """The mean of the context's words as an embedding for every residual block, as the pooled text of SDXL is.
+
+    Cross-attention finds out slowly which word matters where; what a sentence says as a whole comes in here.
+
+    Args:
+        width: width E of the embedding.
+
+    Call: context (B, T, D), mask (B, T) bool -> (B, E).
+    """
+
+    def __init__(self, width, **kwargs):
+        super().__init__(**kwargs)
+        self.width = width
+        self.linear_1 = keras.layers.Dense(width, activation="silu", name="linear_1", dtype=self.dtype_policy)
+        self.linear_2 = keras.layers.Dense(width, name="linear_2", dtype=self.dtype_policy)
+
+    def build(self, context_shape, mask_shape=None):
+        self.linear_1.build((context_shape[0], context_shape[-1]))
+        self.linear_2.build((context_shape[0], self.width))
+
+    def call(self, context, mask=None):
+        weights = (
+            ops.ones_like(context[..., :1]) if mask is None else ops.cast(mask, context.dtype)[..., None]
+        )
+        mean = ops.sum(context * weights, axis=1) / ops.sum(weights, axis=1)
+        return self.linear_2(self.linear_1(mean))
+
+    def compute_output_shape(self, context_shape, mask_shape=None):
+        return (context_shape[0], self.width)
+
+    def get_config(self):
+        return {**super().get_config(), "width": self.width}
+
+
 class FeedForward(keras.layers.Layer):
     """GEGLU feed-forward block (Shazeer 2020): (B, N, width) -> (B, N, width)."""
 
@@ -139,6 +174,7 @@ class UNet(keras.Model):
         context_shape: (T, D) of the context.
         groups: groups of the normalisations.
         ff_expansion: width of the feed-forward parts as a multiple of the channels.
+        pooled_context: whether the mean of the context joins the time embedding (see `PooledContext`).
 
     Call: [latents (B, h, w, C), times (B,), context (B, T, D), mask (B, T)] -> (B, h, w, C), float32.
 
@@ -156,6 +192,7 @@ class UNet(keras.Model):
         context_shape=(20, 128),
         groups=32,
         ff_expansion=4,
+        pooled_context=False,
         name="unet",
     ):
         if len(attention_levels) != len(level_channels):
@@ -174,6 +211,8 @@ class UNet(keras.Model):
         mask = keras.Input((context_shape[0],), dtype="bool", name="mask")
         width = level_channels[0]
         embedding = TimeEmbedding(width, 4 * width, name="time_embedding")(times)
+        if pooled_context:
+            embedding = embedding + PooledContext(4 * width, name="pooled_context")(context, mask)
 
         def block(x, channels, head, attends, place, index):
             x = ResidualBlock(channels, groups, name=f"{place}.resnets.{index}")(x, embedding)
@@ -223,6 +262,7 @@ class UNet(keras.Model):
             "context_shape": context_shape,
             "groups": groups,
             "ff_expansion": ff_expansion,
+            "pooled_context": pooled_context,
             "name": name,
         }
 

@@ -84,6 +84,30 @@ def test_a_folder_that_died_before_its_config_is_taken(tmp_path):
     assert RunFolder.read(tmp_path).config["seed"] == 1
 
 
+def refuse(path, before=lambda run: None):
+    """Opens the folder and meets input that cannot be used, after doing `before`."""
+    with pytest.raises(InputError, match="bad data"), RunFolder.open(path, CONFIG) as run:
+        before(run)
+        raise InputError("bad data")
+
+
+def test_a_new_run_that_is_refused_does_not_hold_its_folder(tmp_path):
+    refuse(tmp_path / "run", lambda run: run.cache_path("pictures.npy").write_text("1"))
+    assert not (tmp_path / "run").exists()
+    RunFolder.open(tmp_path / "run", {"seed": 2}).close()
+
+
+def test_a_refusal_takes_nothing_from_a_run_that_has_something(tmp_path):
+    refuse(tmp_path / "trained", lambda run: run.save("vae", 3, tensors(3), {}))
+    assert RunFolder.read(tmp_path / "trained").latest("vae").step == 3
+    RunFolder.open(tmp_path / "older", CONFIG).close()
+    refuse(tmp_path / "older")
+    assert (tmp_path / "older" / "config.json").exists()
+    with pytest.raises(KeyboardInterrupt), RunFolder.open(tmp_path / "stopped", CONFIG):
+        raise KeyboardInterrupt
+    assert (tmp_path / "stopped" / "config.json").exists()
+
+
 @pytest.mark.parametrize("text", ["", '{"seed":', "[1]"])
 def test_a_damaged_config_is_refused(run, text):
     run.close()

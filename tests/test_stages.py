@@ -247,6 +247,23 @@ def test_a_stopped_and_resumed_training_equals_one_that_was_not(
     assert_same(run.best("diffusion").tensors, best.tensors)
 
 
+def test_a_crash_between_the_row_and_the_checkpoint_leaves_one_row(
+    trainer, first_state, straight, tmp_path, monkeypatch
+):
+    for variable, value in zip(state(trainer), first_state, strict=True):
+        variable.assign(value)
+    assert not work(trainer, tmp_path / "run", ("step", 2))  # all steps of the epoch are done and saved
+    forget(trainer)
+    with monkeypatch.context() as broken:
+        broken.setattr(RunFolder, "save", lambda *arguments: sys.exit("power is gone"))
+        with pytest.raises(SystemExit):
+            work(trainer, tmp_path / "run")
+    assert [row["step"] for row in RunFolder.read(tmp_path / "run").rows()] == [3]
+    forget(trainer)
+    assert work(trainer, tmp_path / "run")
+    assert without_seconds(RunFolder.read(tmp_path / "run").rows()) == without_seconds(straight[1])
+
+
 def test_a_finished_stage_takes_no_step(trainer, straight):
     values, rows, _, folder = straight
     forget(trainer)
