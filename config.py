@@ -88,8 +88,8 @@ class VAETrainingConfig:
 class TrainingConfig:
     """How the U-Net and the text encoder are trained (`trainer.LatentDiffusionTrainer`)."""
 
-    epochs: Annotated[int, tyro.conf.arg(prefix_name=False)] = 9  # rounds of `steps_per_epoch`
-    steps_per_epoch: int | None = 280  # None: one pass over the training pictures
+    epochs: Annotated[int, tyro.conf.arg(prefix_name=False)] = 8  # rounds of `steps_per_epoch`
+    steps_per_epoch: int | None = 250  # None: one pass over the training pictures
     batch_size: Annotated[int, tyro.conf.arg(prefix_name=False)] = 32  # pictures a step, over all devices
     learning_rate: float = 1.5e-3  # peak of the schedule
     warmup_steps: int = 100  # linear warm-up, then cosine decay to a hundredth
@@ -109,7 +109,7 @@ class EvaluationConfig:
     size: int = 224  # side that pictures are resized to for it; 75 or 299 for inception_v3
     weights: str | None = None  # local file of the feature network's weights
     images: int = 256  # pictures drawn each time KID is measured
-    every: int = 3  # epochs between two measurements; the first and the last are measured anyway
+    every: int = 4  # epochs between two measurements; the first and the last are measured anyway
     steps: int = 20  # sampler steps
     guidance: float = 2.5  # strength of classifier-free guidance; 1 is off
     batch_size: int = 64  # pictures drawn at once

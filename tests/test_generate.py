@@ -157,7 +157,7 @@ CONFIG = Config(
     image_size=16,
     vae=VAEConfig(level_channels=(4, 4), blocks=(0, 0), latent_channels=2, groups=2),
     text_encoder=TextEncoderConfig(width=8, layers=1, heads=2),
-    unet=UNetConfig((8,), (True,), blocks=0, head_channels=4, groups=4, ff_expansion=1),
+    unet=UNetConfig((8,), (True,), blocks=0, head_channels=4, groups=4, ff_expansion=1, pooled_context=False),
 )
 
 

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from config import CUP3, part
 from model.text_encoder import VocabularyEncoder
-from model.unet import FeedForward, TimeEmbedding, TransformerBlock, UNet
+from model.unet import FeedForward, PooledContext, TimeEmbedding, TransformerBlock, UNet
 
 SIZES = {
     "latent_channels": 3,
@@ -247,3 +247,26 @@ def test_one_class_from_tiny_to_stable_diffusion(shapes_only, settings, paramete
 def test_refuses_an_unequal_table():
     with pytest.raises(ValueError, match=r"one attention flag a level.*\(True,\)"):
         UNet(level_channels=(8, 16), attention_levels=(True,))
+
+
+# The pooled context.
+
+
+def test_pooled_context_is_the_mean_of_the_words_through_two_dense_layers():
+    layer = PooledContext(6)
+    context = normal(2, 5, 4)
+    mask = np.array([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]], bool)
+    pooled = np.asarray(layer(context, mask))
+    means = np.stack([context[0, :2].mean(0), context[1, :4].mean(0)])
+    first, second = ([np.asarray(w) for w in dense.weights] for dense in (layer.linear_1, layer.linear_2))
+    hidden = means @ first[0] + first[1]
+    hidden = hidden / (1 + np.exp(-hidden))
+    np.testing.assert_allclose(pooled, hidden @ second[0] + second[1], atol=1e-5)
+
+
+def test_pooled_context_ignores_what_is_masked():
+    layer = PooledContext(6)
+    context = normal(1, 5, 4)
+    mask = np.array([[1, 1, 1, 0, 0]], bool)
+    changed = np.where(mask[..., None], context, 99.0).astype("float32")
+    np.testing.assert_array_equal(np.asarray(layer(context, mask)), np.asarray(layer(changed, mask)))
