@@ -30,7 +30,7 @@ class VAEConfig:
 
     level_channels: tuple[int, ...] = (16, 16, 32, 64)  # finest level first; each further one halves the size
     blocks: tuple[int, ...] = (0, 1, 1, 1)  # residual blocks of each level
-    latent_channels: int = 8  # channels of the latents
+    latent_channels: int = 4  # channels of the latents
     groups: int = 8  # groups of the normalisations
     attention: bool = False  # self-attention in the middle
     latent_scale: float | None = None  # factor to unit variance; None measures it after training
@@ -74,6 +74,7 @@ class VAETrainingConfig:
     epochs: int = 4  # rounds of `steps_per_epoch`
     steps_per_epoch: int | None = 600  # None: one pass over the training pictures
     batch_size: int = 8  # pictures a step, over all devices
+    optimizer: str = "muon"  # adamw or muon
     learning_rate: float = 4e-3  # peak of the schedule
     warmup_steps: int = 100  # linear warm-up, then cosine decay to a hundredth
     weight_decay: float = 0.0  # of kernels; never of biases and norms
@@ -91,10 +92,14 @@ class TrainingConfig:
     epochs: Annotated[int, tyro.conf.arg(prefix_name=False)] = 8  # rounds of `steps_per_epoch`
     steps_per_epoch: int | None = 250  # None: one pass over the training pictures
     batch_size: Annotated[int, tyro.conf.arg(prefix_name=False)] = 32  # pictures a step, over all devices
-    learning_rate: float = 1.5e-3  # peak of the schedule
+    optimizer: str = "muon"  # adamw or muon
+    learning_rate: float = 3e-3  # peak of the schedule
     warmup_steps: int = 100  # linear warm-up, then cosine decay to a hundredth
     weight_decay: float = 1e-2  # of kernels; never of biases and norms
     clip_norm: float = 1.0  # largest global norm of the gradient
+    times: str = (
+        "logit_normal"  # distribution of the diffusion times: uniform or logit_normal (more in the middle)
+    )
     latent_crops: int = 1  # crops of each picture in the cache of latents, when augmentation crops
     ema: float = 0.998  # decay of the averaged network, after its warm-up
     caption_dropout: float = 0.1  # share of captions left out, for guidance
@@ -165,12 +170,16 @@ CUP3 = Config(
         ff_expansion=4,
         pooled_context=False,
     ),
-    vae_training=VAETrainingConfig(epochs=20, steps_per_epoch=None, learning_rate=1e-3, warmup_steps=500),
+    vae_training=VAETrainingConfig(
+        epochs=20, steps_per_epoch=None, optimizer="adamw", learning_rate=1e-3, warmup_steps=500
+    ),
     training=TrainingConfig(
         epochs=50,
         steps_per_epoch=None,
         batch_size=16,
+        optimizer="adamw",
         learning_rate=1e-4,
+        times="uniform",
         warmup_steps=1000,
         ema=0.999,
         validation_fraction=0.1,
@@ -358,6 +367,9 @@ def _fractions(config):
 
 def _choices(config):
     yield "vae-training.recon-loss", config.vae_training.recon_loss, ("l1", "mse")
+    yield "vae-training.optimizer", config.vae_training.optimizer, ("adamw", "muon")
+    yield "training.optimizer", config.training.optimizer, ("adamw", "muon")
+    yield "training.times", config.training.times, ("uniform", "logit_normal")
     yield "diffusion.target", config.diffusion.target, ("noise", "image", "velocity")
     yield "vae-training.perceptual-depth", config.vae_training.perceptual_depth, (1, 2, 3, 4, 5)
     yield "evaluation.network", config.evaluation.network, ("efficientnet_lite0", "inception_v3")

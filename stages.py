@@ -23,7 +23,8 @@ from evaluate import follows_captions, plot_curves
 from generate import Networks, captioned_grid, make_diffusion, make_vae
 from metrics import Protocol, psnr
 from model.perceptual import FeatureNetwork, PerceptualDistance
-from trainer import KID, LatentDiffusionTrainer, VAETrainer, adamw, reconstruct, warmup_cosine
+from optimizers import OPTIMIZERS, warmup_cosine
+from trainer import KID, LatentDiffusionTrainer, VAETrainer, reconstruct
 
 LATENT_STATISTICS_FROM = 2048  # pictures from which the latents' mean and deviation are measured
 FEWEST_FOR_KID = 3  # pictures on either side
@@ -363,6 +364,7 @@ def _diffusion(config, run, data, vae, latents, features, text, strategy, signal
             latents,
             seed=config.seed,
             caption_dropout=stage.caption_dropout,
+            times=stage.times,
             start_step=step,
             ids=data.train_ids,
             **stream,
@@ -424,7 +426,7 @@ def _protocol(config, trainer, data):
 
 
 def _optimizer(trainer, stage, steps_per_epoch):
-    return adamw(
+    return OPTIMIZERS[stage.optimizer](
         trainer.trained_variables,
         learning_rate=warmup_cosine(stage.learning_rate, stage.epochs * steps_per_epoch, stage.warmup_steps),
         weight_decay=stage.weight_decay,

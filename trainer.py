@@ -1,6 +1,6 @@
 """`VAETrainer` and `LatentDiffusionTrainer`: networks and batches in, training out.
 
-The only room with gradients, optimizers and averaged weights. Both trainers are `keras.Model`s with `compile`
+The only room with gradients and averaged weights. Both trainers are `keras.Model`s with `compile`
 and `fit` and take Keras callbacks. Nothing in a step draws a random number: the batch carries its own, so N
 replicas do what one does.
 """
@@ -15,77 +15,7 @@ from generate import Networks, Painter, captioned_grid, to_images
 from metrics import KID
 from model.vae import kl_divergence, sample_posterior
 
-__all__ = ["KID", "AdamW", "LatentDiffusionTrainer", "VAETrainer", "adamw", "warmup_cosine"]
-
-UNDECAYED = ("bias", "gamma", "beta", "embeddings")
-FINAL_LEARNING_RATE = 0.01  # of the peak, at the end of the cosine decay
-
-
-class AdamW(keras.optimizers.AdamW):
-    """Keras' AdamW (Loshchilov & Hutter 2019), whose clipping sees the gradient of the whole batch.
-
-    Keras clips each replica's gradient and sums afterwards, so that N replicas take up to N times the step of
-    one. Here the sum over replicas comes first.
-    """
-
-    def apply(self, grads, trainable_variables=None):
-        # An embedding's gradient names a row as often as its word occurs: squares are right only of their sum.
-        grads = [tf.convert_to_tensor(grad) for grad in grads]
-        replica = tf.distribute.get_replica_context()
-        if replica is not None and replica.num_replicas_in_sync > 1:
-            grads = replica.all_reduce(tf.distribute.ReduceOp.SUM, grads)
-        return super().apply(grads, trainable_variables)
-
-    def update_step(self, gradient, variable, learning_rate):
-        """Adam's update of one variable by TensorFlow's fused kernel: Keras' dozen small ones take longer to
-        trace, and each goes over the memory again."""
-        index = self._get_variable_index(variable)
-        step = tf.cast(self.iterations + 1, variable.dtype)
-        beta_1, beta_2 = (tf.constant(beta, variable.dtype) for beta in (self.beta_1, self.beta_2))
-        tf.raw_ops.ResourceApplyAdam(
-            var=variable.handle,
-            m=self._momentums[index].value.handle,
-            v=self._velocities[index].value.handle,
-            beta1_power=tf.pow(beta_1, step),
-            beta2_power=tf.pow(beta_2, step),
-            lr=tf.cast(learning_rate, variable.dtype),
-            beta1=beta_1,
-            beta2=beta_2,
-            epsilon=tf.constant(self.epsilon, variable.dtype),
-            grad=tf.cast(gradient, variable.dtype),
-        )
-
-    def _all_reduce_sum_gradients(self, grads_and_vars):
-        return list(grads_and_vars)
-
-
-def warmup_cosine(peak, steps, warmup_steps):
-    """A learning rate that climbs linearly to `peak` and falls along a cosine to a hundredth of it.
-
-    Args:
-        peak: largest learning rate.
-        steps: all steps of the training.
-        warmup_steps: steps of the climb.
-    """
-    warmup_steps = min(warmup_steps, max(1, steps // 2))
-    return keras.optimizers.schedules.CosineDecay(
-        initial_learning_rate=peak / max(1, warmup_steps),
-        warmup_target=peak,
-        warmup_steps=warmup_steps,
-        decay_steps=max(1, steps - warmup_steps),
-        alpha=FINAL_LEARNING_RATE,
-    )
-
-
-def adamw(variables, *, learning_rate, weight_decay, clip_norm):
-    """An `AdamW`, built for `variables`, that leaves biases, norms and embeddings undecayed."""
-    # Named, for Keras numbers the optimizers of a process, and their variables would have other names on resume.
-    optimizer = AdamW(
-        learning_rate, weight_decay=weight_decay, global_clipnorm=clip_norm or None, beta_2=0.99, name="adamw"
-    )
-    optimizer.exclude_from_weight_decay(var_names=UNDECAYED)
-    optimizer.build(variables)
-    return optimizer
+__all__ = ["KID", "LatentDiffusionTrainer", "VAETrainer", "reconstruct"]
 
 
 class _Trainer(keras.Model):

@@ -34,7 +34,7 @@ class Flower:
         radius: from the middle of the flower to the tips of its petals.
         x, y: where the middle is.
         center_size: radius of the centre as a fraction of `radius`.
-        turn: direction of the first petal.
+        turn: direction of the first petal; about upwards.
         tilt: how far the flower is turned away from the viewer; tilt_direction: where to.
         bend: how far the stem's foot lies to the right of the flower.
         light: where the light comes from.
@@ -92,7 +92,7 @@ def sample_flower(rng, pairs=TRAINING_PAIRS):
         x=0.5 + room * rng.uniform(-1, 1),
         y=0.5 + room * rng.uniform(-1, 0.2 if stem else 1),  # a stem wants to be seen
         center_size=rng.uniform(0.27, 0.33),
-        turn=rng.uniform(0, 2 * np.pi),
+        turn=rng.uniform(-0.2, 0.2) - np.pi / 2,  # the first petal stands up, as a stem holds it
         tilt=rng.uniform(0, 0.6),
         tilt_direction=rng.uniform(0, 2 * np.pi),
         bend=rng.uniform(-0.14, 0.14),

@@ -215,6 +215,24 @@ def test_times_are_stratified_and_shuffled(latents, captions):
     assert len(orders) == 10
 
 
+def test_logit_normal_times_are_the_sigmoid_of_a_normal_variable(latents, captions):
+    uniform, normal = (
+        np.concatenate([b["diffusion_times"] for b in take(latents_of(latents, captions, times=times), 200)])
+        for times in ("uniform", "logit_normal")
+    )
+    assert (np.argsort(uniform) == np.argsort(normal)).all()  # the same draws at other places
+    logits = np.log(normal / (1 - normal))
+    assert abs(logits.mean()) < 0.02
+    assert abs(logits.std() - 1) < 0.03
+    for quantile, z in ((0.0228, -2), (0.1587, -1), (0.5, 0), (0.8413, 1)):
+        assert np.quantile(logits, quantile) == pytest.approx(z, abs=0.1)
+
+
+def test_an_unknown_distribution_of_times_is_refused(latents, captions):
+    with pytest.raises(ValueError, match="uniform, logit_normal. Received: 'normal'"):
+        latents_of(latents, captions, times="normal")
+
+
 def test_context_takes_the_place_of_tokens(latents, captions):
     n, width = 3, 4
     context = np.arange(N * n * T * width, dtype=np.float32).reshape(N, n, T, width)

@@ -13,7 +13,8 @@ from callbacks import Bar, Interrupted, Keeper, Signals, describe
 from checkpoint import RunFolder
 from input_pipeline import Latents, latent_batches, validation_batches
 from metrics import Estimate
-from trainer import LatentDiffusionTrainer, adamw
+from optimizers import adamw
+from trainer import LatentDiffusionTrainer
 
 STEPS = 2  # an epoch
 EPOCHS = 5  # planned; most tests stop before

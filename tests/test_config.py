@@ -236,6 +236,15 @@ REFUSED = [
         "--augmentation.resize-min: received 0.5, expected 1 to --augmentation.resize-max (1.0)",
     ),
     ({"augmentation__resize_max": 5.0}, "--augmentation.resize-max: received 5.0, expected at most 4"),
+    (
+        {"vae_training__optimizer": "sgd"},
+        "--vae-training.optimizer: received 'sgd', expected one of adamw, muon",
+    ),
+    ({"training__optimizer": "Muon"}, "--training.optimizer: received 'Muon', expected one of adamw, muon"),
+    (
+        {"training__times": "normal"},
+        "--training.times: received 'normal', expected one of uniform, logit_normal",
+    ),
     ({"vae_training__recon_loss": "l3"}, "--vae-training.recon-loss: received 'l3', expected one of l1, mse"),
     (
         {"vae_training__perceptual_depth": 6},

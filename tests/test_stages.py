@@ -29,7 +29,8 @@ from errors import InputError
 from generate import load
 from input_pipeline import Latents, latent_batches, load_data, read_pictures, split, validation_batches
 from metrics import KID
-from trainer import LatentDiffusionTrainer, adamw, warmup_cosine
+from optimizers import adamw, warmup_cosine
+from trainer import LatentDiffusionTrainer
 
 ROOT = Path(stages.__file__).parent
 STEPS, EPOCHS = 3, 2

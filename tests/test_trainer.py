@@ -21,7 +21,8 @@ from input_pipeline import (
 )
 from metrics import KID, kid, psnr
 from model.vae import AutoencoderKL
-from trainer import AdamW, LatentDiffusionTrainer, VAETrainer, adamw, reconstruct, warmup_cosine
+from optimizers import adamw
+from trainer import LatentDiffusionTrainer, VAETrainer, reconstruct
 
 IMAGE_SIZE, LATENT_SHAPE = 16, (8, 8, 2)
 STEPS, BATCH = 4, 8
@@ -48,102 +49,6 @@ def largest_difference(one, other):
     """Of two lists of arrays, relative to the largest value of each."""
     assert len(one) == len(other) > 0
     return max(np.abs(a - b).max() / np.abs(a).max() for a, b in zip(one, other, strict=True))
-
-
-# The optimizer.
-
-
-def reduced_step(strategy, gradients_of_replicas, optimizer, variables):
-    """Applies to each replica its own share of the gradients, as `train_step` does."""
-
-    def step():
-        replica = tf.distribute.get_replica_context()
-        shares = tf.constant(gradients_of_replicas)[replica.replica_id_in_sync_group]
-        optimizer.apply([shares[0], shares[1:]], variables)
-
-    strategy.run(tf.function(step))
-
-
-@pytest.mark.parametrize("gradients", [[[18.0, 24.0], [-6.0, -8.0]], [[6.0, 8.0], [6.0, 8.0]]])
-def test_clipping_sees_the_gradient_of_the_whole_batch(two_replicas, gradients):
-    # The mean over the replicas is (6, 8), whose norm of 10 is clipped to 1; replica by replica it would be 2 or 0.
-    with two_replicas.scope():
-        variables = [keras.Variable(0.0, name="a"), keras.Variable([0.0], name="b")]
-        optimizer = AdamW(1.0, beta_1=0.0, weight_decay=0.0, global_clipnorm=1.0)
-        optimizer.build(variables)
-    reduced_step(two_replicas, np.divide(gradients, 2).astype("float32"), optimizer, variables)
-    momentums = [np.asarray(momentum) for momentum in optimizer._momentums]  # beta 0: the gradient itself
-    np.testing.assert_allclose(np.hstack(momentums), [0.6, 0.8], rtol=1e-6)
-
-
-def adamw_in_numpy(values, gradients, rate, decay, clip_norm, decayed):
-    """Loshchilov & Hutter 2019, algorithm 2, with the gradients of every step clipped by their global norm.
-
-    Keras adds its epsilon before the bias correction, as Kingma & Ba 2015 do at the end of their section 2.
-    """
-    m, v = [np.zeros_like(value) for value in values], [np.zeros_like(value) for value in values]
-    for t, own in enumerate(gradients, start=1):
-        norm = math.sqrt(sum(np.square(gradient).sum() for gradient in own))
-        for i, gradient in enumerate(own):
-            gradient = gradient * min(1.0, clip_norm / norm)
-            m[i], v[i] = 0.9 * m[i] + 0.1 * gradient, 0.99 * v[i] + 0.01 * gradient**2
-            step = math.sqrt(1 - 0.99**t) / (1 - 0.9**t) * m[i] / (np.sqrt(v[i]) + 1e-7)
-            values[i] = values[i] - rate * (step + decay * decayed[i] * values[i])
-    return values
-
-
-def test_adamw_is_the_papers_and_decays_kernels_only():
-    layers = [keras.layers.Embedding(5, 3), keras.layers.LayerNormalization(), keras.layers.Dense(2)]
-    tokens = np.array([[1, 1, 3], [3, 1, 0]], "int32")  # words come twice: their gradients must add up
-    model = keras.Sequential(layers)
-    model(tokens)
-    embeddings, gamma, beta, kernel, bias = variables = model.trainable_variables
-    before = [np.asarray(variable, "float64") for variable in variables]
-    optimizer = adamw(variables, learning_rate=0.01, weight_decay=0.5, clip_norm=0.7)
-    gradients = []
-    for seed in range(3):
-        pull = np.random.default_rng(seed).normal(size=(2, 3, 2)).astype("float32")
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_sum(model(tokens) * pull)
-        own = tape.gradient(loss, variables)
-        gradients.append([tf.convert_to_tensor(gradient).numpy().astype("float64") for gradient in own])
-        optimizer.apply(own, variables)
-    expected = adamw_in_numpy(before, gradients, 0.01, 0.5, 0.7, decayed=(0, 0, 0, 1, 0))
-    for variable, value in zip(variables, expected, strict=True):
-        np.testing.assert_allclose(variable, value, rtol=1e-4, atol=1e-6, err_msg=variable.path)
-
-
-def test_of_our_networks_only_matrices_and_convolutions_decay(toy_networks):
-    networks = toy_networks()
-    variables = [
-        variable
-        for network in (networks.vae, networks.text_encoder, networks.unet)
-        for variable in network.trainable_variables
-    ]
-    optimizer = adamw(variables, learning_rate=0.1, weight_decay=0.5, clip_norm=0)
-    before = arrays(variables)
-    optimizer.apply([tf.zeros(variable.shape) for variable in variables], variables)  # decay is all that acts
-    for variable, value in zip(variables, before, strict=True):
-        is_table = "words" in variable.path or "positions" in variable.path
-        decayed = value.ndim > 1 and not is_table
-        np.testing.assert_allclose(variable, value * (0.95 if decayed else 1.0), rtol=1e-6)
-
-
-def test_the_learning_rate_climbs_linearly_and_falls_along_a_cosine():
-    rate = warmup_cosine(2.0, steps=100, warmup_steps=20)
-    for step in (0, 5, 20):
-        assert float(rate(step)) == pytest.approx(0.1 + (2.0 - 0.1) * step / 20, rel=1e-5)
-    for step in (20, 35, 60, 100, 200):
-        fall = (1 + math.cos(math.pi * min(1.0, (step - 20) / 80))) / 2
-        assert float(rate(step)) == pytest.approx(2.0 * (0.01 + 0.99 * fall), rel=1e-5)
-
-
-@pytest.mark.parametrize(("steps", "warmup_steps"), [(6, 100), (1, 100), (1, 0), (4, 0)])
-def test_a_training_shorter_than_its_warm_up_still_learns(steps, warmup_steps):
-    rate = warmup_cosine(2.0, steps, warmup_steps)
-    rates = [float(rate(step)) for step in range(steps)]
-    assert min(rates) > 0
-    assert max(rates) == pytest.approx(2.0)
 
 
 # Both trainers, on one replica and on two.

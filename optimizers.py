@@ -1,0 +1,203 @@
+"""How weights follow their gradients: AdamW and Muon, their learning rate, and what they leave undecayed."""
+
+import math
+
+import keras
+import tensorflow as tf
+
+UNDECAYED = ("bias", "gamma", "beta", "embeddings")
+FINAL_LEARNING_RATE = 0.01  # of the peak, at the end of the cosine decay
+# Newton-Schulz, x -> a x + b x (x'x) + c x (x'x)^2: singular values of 0.01 to 1 become 0.7 to 1.2 in five steps.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+MUON_MOMENTUM = 0.95
+MUON_RMS = 0.2  # root mean square of an update at a learning rate of 1, about that of Adam's
+NOT_FOR_MUON = ("embeddings", "conv_in", "conv_out")  # in the path of a variable
+
+
+class AdamW(keras.optimizers.AdamW):
+    """Keras' AdamW (Loshchilov & Hutter 2019), whose clipping sees the gradient of the whole batch.
+
+    Keras clips each replica's gradient and sums afterwards, so that N replicas take up to N times the step of
+    one. Here the sum over replicas comes first.
+    """
+
+    def apply(self, grads, trainable_variables=None):
+        # An embedding's gradient names a row as often as its word occurs: squares are right only of their sum.
+        grads = [tf.convert_to_tensor(grad) for grad in grads]
+        replica = tf.distribute.get_replica_context()
+        if replica is not None and replica.num_replicas_in_sync > 1:
+            grads = replica.all_reduce(tf.distribute.ReduceOp.SUM, grads)
+        return super().apply(grads, trainable_variables)
+
+    def _apply_weight_decay(self, variables):
+        """Left to `update_step`: here Keras would trace the learning rate anew for every variable."""
+
+    def _decay(self, variable, learning_rate):
+        if self._use_weight_decay(variable):
+            rate = tf.cast(learning_rate * self.weight_decay, variable.dtype)
+            variable.assign_sub(variable * rate)
+
+    def update_step(self, gradient, variable, learning_rate):
+        """Adam's update of one variable by TensorFlow's fused kernel: Keras' dozen small ones take longer to
+        trace, and each goes over the memory again."""
+        self._decay(variable, learning_rate)
+        index = self._get_variable_index(variable)
+        step = tf.cast(self.iterations + 1, variable.dtype)
+        beta_1, beta_2 = (tf.constant(beta, variable.dtype) for beta in (self.beta_1, self.beta_2))
+        tf.raw_ops.ResourceApplyAdam(
+            var=variable.handle,
+            m=self._momentums[index].value.handle,
+            v=self._velocities[index].value.handle,
+            beta1_power=tf.pow(beta_1, step),
+            beta2_power=tf.pow(beta_2, step),
+            lr=tf.cast(learning_rate, variable.dtype),
+            beta1=beta_1,
+            beta2=beta_2,
+            epsilon=tf.constant(self.epsilon, variable.dtype),
+            grad=tf.cast(gradient, variable.dtype),
+        )
+
+    def _all_reduce_sum_gradients(self, grads_and_vars):
+        return list(grads_and_vars)
+
+
+class Muon(AdamW):
+    """Muon (Jordan et al. 2024): the momentum of every matrix, made orthogonal, is the step.
+
+    All directions of a weight matrix learn equally fast, instead of those that the gradients favour. The kernel
+    of a convolution counts as a matrix of (height * width * input, output channels). Vectors, embeddings and the
+    first and last convolution follow AdamW. Steps are scaled by 0.2 sqrt(longer side), so that a learning rate
+    and a weight decay mean about what they mean to AdamW (Liu et al. 2025, arXiv 2502.16982).
+
+    Keras' own Muon leaves convolutions to AdamW.
+    """
+
+    def build(self, variables):
+        if self.built:
+            return
+        keras.optimizers.Optimizer.build(self, variables)
+        self._momentums = self.add_optimizer_variables(variables, "momentum")
+        adams = [variable for variable in variables if not is_matrix(variable)]
+        velocities = dict(
+            zip(
+                (id(variable) for variable in adams),
+                self.add_optimizer_variables(adams, "velocity"),
+                strict=True,
+            )
+        )
+        self._velocities = [velocities.get(id(variable)) for variable in variables]
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        """Keras' update, where the gradient of each matrix is followed by the direction of its step."""
+        grads = list(grads)
+        places = {}  # of the matrices, by their sides: those of one shape take their steps together
+        for place, variable in enumerate(trainable_variables):
+            if is_matrix(variable):
+                rows, columns = _sides(variable)
+                places.setdefault((rows, columns), []).append(place)
+        for sides, chosen in places.items():
+            ahead = [
+                tf.reshape(self._momentum_ahead(grads[place], trainable_variables[place]), sides)
+                for place in chosen
+            ]
+            directions = tf.unstack(MUON_RMS * math.sqrt(max(sides)) * orthogonalised(tf.stack(ahead)))
+            for place, direction in zip(chosen, directions, strict=True):
+                grads[place] = (grads[place], direction)
+        super()._backend_update_step(grads, trainable_variables, learning_rate)
+
+    def _momentum_ahead(self, gradient, variable):
+        """Nesterov's momentum: the mean of the gradients, this one in it, moved by this one once more."""
+        momentum = tf.convert_to_tensor(self._momentums[self._get_variable_index(variable)].value)
+        moved = momentum + (1 - MUON_MOMENTUM) * (gradient - momentum)
+        return moved + (1 - MUON_MOMENTUM) * (gradient - moved)
+
+    def update_step(self, gradient, variable, learning_rate):
+        if not isinstance(gradient, tuple):
+            return super().update_step(gradient, variable, learning_rate)
+        self._decay(variable, learning_rate)
+        gradient, direction = gradient
+        momentum = self._momentums[self._get_variable_index(variable)].value
+        momentum.assign_add((1 - MUON_MOMENTUM) * (gradient - momentum))
+        variable.assign_sub(tf.cast(learning_rate, variable.dtype) * tf.reshape(direction, variable.shape))
+
+
+def is_matrix(variable):
+    """Whether `Muon` treats a Keras variable as a matrix."""
+    return len(variable.shape) >= 2 and not any(name in variable.path for name in NOT_FOR_MUON)
+
+
+def _sides(variable):
+    """(rows, columns) of a kernel as a matrix: all its inputs, its outputs."""
+    *inputs, outputs = variable.shape
+    return math.prod(inputs), outputs
+
+
+def orthogonalised(matrices):
+    """The nearest (semi-)orthogonal matrices, roughly: singular values of 0.7 to 1.2 in place of the matrices' own.
+
+    Newton-Schulz on the smaller Gram matrix: x is multiplied once, at the end, by the product of all steps'
+    polynomials, which all commute.
+
+    Args:
+        matrices: float32 (N, R, C).
+
+    Returns:
+        float32 (N, R, C); matrices of zeros stay zeros.
+    """
+    if matrices.shape[-2] < matrices.shape[-1]:
+        return tf.linalg.matrix_transpose(orthogonalised(tf.linalg.matrix_transpose(matrices)))
+    a, b, c = NEWTON_SCHULZ
+    matrices = matrices / (tf.norm(matrices, axis=(-2, -1), keepdims=True) + 1e-7)
+    gram = tf.matmul(matrices, matrices, transpose_a=True)  # (N, C, C)
+    identity, product = tf.eye(matrices.shape[-1]), None
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        polynomial = a * identity + b * gram + c * tf.matmul(gram, gram)
+        product = polynomial if product is None else tf.matmul(product, polynomial)
+        gram = tf.matmul(tf.matmul(gram, polynomial), polynomial)
+    return tf.matmul(matrices, product)
+
+
+def warmup_cosine(peak, steps, warmup_steps):
+    """A learning rate that climbs linearly to `peak` and falls along a cosine to a hundredth of it.
+
+    Args:
+        peak: largest learning rate.
+        steps: all steps of the training.
+        warmup_steps: steps of the climb.
+    """
+    warmup_steps = min(warmup_steps, max(1, steps // 2))
+    return keras.optimizers.schedules.CosineDecay(
+        initial_learning_rate=peak / max(1, warmup_steps),
+        warmup_target=peak,
+        warmup_steps=warmup_steps,
+        decay_steps=max(1, steps - warmup_steps),
+        alpha=FINAL_LEARNING_RATE,
+    )
+
+
+def adamw(variables, *, learning_rate, weight_decay, clip_norm):
+    """An `AdamW`, built for `variables`, that leaves biases, norms and embeddings undecayed."""
+    return _built(AdamW, variables, learning_rate, weight_decay, clip_norm)
+
+
+def muon(variables, *, learning_rate, weight_decay, clip_norm):
+    """A `Muon`, built for `variables`, that leaves biases, norms and embeddings undecayed."""
+    return _built(Muon, variables, learning_rate, weight_decay, clip_norm)
+
+
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
+
+
+def _built(kind, variables, learning_rate, weight_decay, clip_norm):
+    optimizer = kind(
+        learning_rate,
+        weight_decay=weight_decay,
+        global_clipnorm=clip_norm or None,
+        beta_2=0.99,
+        # Keras numbers the optimizers of a process: their variables would have other names on resume.
+        name=kind.__name__.lower(),
+    )
+    optimizer.exclude_from_weight_decay(var_names=UNDECAYED)
+    optimizer.build(variables)
+    return optimizer

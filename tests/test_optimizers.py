@@ -1,0 +1,227 @@
+"""AdamW and Muon take the steps that their papers say, on one replica and on two."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from optimizers import AdamW, adamw, is_matrix, muon, orthogonalised, warmup_cosine
+
+
+def arrays(variables):
+    return [np.asarray(variable) for variable in variables]
+
+
+def reduced_step(strategy, gradients_of_replicas, optimizer, variables):
+    """Applies to each replica its own share of the gradients, as `train_step` does."""
+
+    def step():
+        replica = tf.distribute.get_replica_context()
+        shares = tf.constant(gradients_of_replicas)[replica.replica_id_in_sync_group]
+        optimizer.apply([shares[0], shares[1:]], variables)
+
+    strategy.run(tf.function(step))
+
+
+@pytest.mark.parametrize("gradients", [[[18.0, 24.0], [-6.0, -8.0]], [[6.0, 8.0], [6.0, 8.0]]])
+def test_clipping_sees_the_gradient_of_the_whole_batch(two_replicas, gradients):
+    # The mean over the replicas is (6, 8), whose norm of 10 is clipped to 1; replica by replica it would be 2 or 0.
+    with two_replicas.scope():
+        variables = [keras.Variable(0.0, name="a"), keras.Variable([0.0], name="b")]
+        optimizer = AdamW(1.0, beta_1=0.0, weight_decay=0.0, global_clipnorm=1.0)
+        optimizer.build(variables)
+    reduced_step(two_replicas, np.divide(gradients, 2).astype("float32"), optimizer, variables)
+    momentums = [np.asarray(momentum) for momentum in optimizer._momentums]  # beta 0: the gradient itself
+    np.testing.assert_allclose(np.hstack(momentums), [0.6, 0.8], rtol=1e-6)
+
+
+def adamw_in_numpy(values, gradients, rate, decay, clip_norm, decayed):
+    """Loshchilov & Hutter 2019, algorithm 2, with the gradients of every step clipped by their global norm.
+
+    Keras adds its epsilon before the bias correction, as Kingma & Ba 2015 do at the end of their section 2.
+    """
+    m, v = [np.zeros_like(value) for value in values], [np.zeros_like(value) for value in values]
+    for t, own in enumerate(gradients, start=1):
+        norm = math.sqrt(sum(np.square(gradient).sum() for gradient in own))
+        for i, gradient in enumerate(own):
+            gradient = gradient * min(1.0, clip_norm / norm)
+            m[i], v[i] = 0.9 * m[i] + 0.1 * gradient, 0.99 * v[i] + 0.01 * gradient**2
+            step = math.sqrt(1 - 0.99**t) / (1 - 0.9**t) * m[i] / (np.sqrt(v[i]) + 1e-7)
+            values[i] = values[i] - rate * (step + decay * decayed[i] * values[i])
+    return values
+
+
+def test_adamw_is_the_papers_and_decays_kernels_only():
+    layers = [keras.layers.Embedding(5, 3), keras.layers.LayerNormalization(), keras.layers.Dense(2)]
+    tokens = np.array([[1, 1, 3], [3, 1, 0]], "int32")  # words come twice: their gradients must add up
+    model = keras.Sequential(layers)
+    model(tokens)
+    embeddings, gamma, beta, kernel, bias = variables = model.trainable_variables
+    before = [np.asarray(variable, "float64") for variable in variables]
+    optimizer = adamw(variables, learning_rate=0.01, weight_decay=0.5, clip_norm=0.7)
+    gradients = []
+    for seed in range(3):
+        pull = np.random.default_rng(seed).normal(size=(2, 3, 2)).astype("float32")
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(model(tokens) * pull)
+        own = tape.gradient(loss, variables)
+        gradients.append([tf.convert_to_tensor(gradient).numpy().astype("float64") for gradient in own])
+        optimizer.apply(own, variables)
+    expected = adamw_in_numpy(before, gradients, 0.01, 0.5, 0.7, decayed=(0, 0, 0, 1, 0))
+    for variable, value in zip(variables, expected, strict=True):
+        np.testing.assert_allclose(variable, value, rtol=1e-4, atol=1e-6, err_msg=variable.path)
+
+
+def test_of_our_networks_only_matrices_and_convolutions_decay(toy_networks):
+    networks = toy_networks()
+    variables = [
+        variable
+        for network in (networks.vae, networks.text_encoder, networks.unet)
+        for variable in network.trainable_variables
+    ]
+    optimizer = adamw(variables, learning_rate=0.1, weight_decay=0.5, clip_norm=0)
+    before = arrays(variables)
+    optimizer.apply([tf.zeros(variable.shape) for variable in variables], variables)  # decay is all that acts
+    for variable, value in zip(variables, before, strict=True):
+        is_table = "words" in variable.path or "positions" in variable.path
+        decayed = value.ndim > 1 and not is_table
+        np.testing.assert_allclose(variable, value * (0.95 if decayed else 1.0), rtol=1e-6)
+
+
+# Muon.
+
+
+def newton_schulz(matrix):
+    """Jordan et al. 2024, as published: five steps on the matrix itself."""
+    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (40, 6), (6, 40), (1, 7), (7, 1)])
+def test_orthogonalised_matrices_are_the_published_iteration(shape):
+    matrices = np.random.default_rng(0).normal(size=(3, *shape)).astype("float32")
+    found = np.asarray(orthogonalised(tf.constant(matrices)))
+    expected = [newton_schulz(matrix.astype("float64")) for matrix in matrices]
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_orthogonalised_matrices_keep_directions_and_lose_lengths():
+    u, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(12, 4)))
+    v, _ = np.linalg.qr(np.random.default_rng(1).normal(size=(4, 4)))
+    matrix = u @ np.diag([1.0, 0.5, 0.2, 0.05]) @ v
+    found = np.asarray(orthogonalised(tf.constant(matrix[None], "float32")))[0]
+    aligned = u.T @ found @ v.T  # diagonal, where the directions are kept
+    np.testing.assert_allclose(aligned - np.diag(np.diag(aligned)), 0, atol=1e-4)
+    assert 0.6 < np.diag(aligned).min() <= np.diag(aligned).max() < 1.3
+
+
+def test_a_matrix_of_zeros_stays_zeros():
+    np.testing.assert_array_equal(orthogonalised(tf.zeros((2, 4, 3))), np.zeros((2, 4, 3)))
+
+
+def toy_variables():
+    """A convolution, two matrices of one shape, a vector, and a first convolution, which is AdamW's."""
+    rng = np.random.default_rng(3)
+    shapes = {
+        "conv": (3, 3, 2, 4),
+        "one": (6, 4),
+        "two": (6, 4),
+        "bias": (4,),
+        "conv_in_kernel": (3, 3, 1, 4),
+    }
+    return [
+        keras.Variable(rng.normal(size=shape).astype("float32"), name=name) for name, shape in shapes.items()
+    ]
+
+
+def toy_gradients(variables, seed):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=variable.shape).astype("float32") for variable in variables]
+
+
+def test_muon_is_the_papers_for_matrices_and_adamw_for_the_rest():
+    variables, twins = toy_variables(), toy_variables()
+    settings = {"learning_rate": 0.01, "weight_decay": 0.5, "clip_norm": 2.0}
+    optimizer, adam = muon(variables, **settings), adamw(twins, **settings)
+    expected, momentums = arrays(variables[:3]), [np.zeros(variable.shape) for variable in variables[:3]]
+    for seed in range(3):
+        gradients = toy_gradients(variables, seed)
+        optimizer.apply([tf.constant(gradient) for gradient in gradients], variables)
+        adam.apply([tf.constant(gradient) for gradient in gradients], twins)
+        norm = math.sqrt(sum(np.square(gradient).sum() for gradient in gradients))
+        for i in range(3):
+            gradient = gradients[i] * min(1.0, 2.0 / norm)
+            momentums[i] = 0.95 * momentums[i] + 0.05 * gradient
+            ahead = (0.95 * momentums[i] + 0.05 * gradient).reshape(-1, 4)
+            step = 0.2 * math.sqrt(max(ahead.shape)) * newton_schulz(ahead).reshape(expected[i].shape)
+            expected[i] = expected[i] * (1 - 0.01 * 0.5) - 0.01 * step
+    for variable, value in zip(variables[:3], expected, strict=True):
+        np.testing.assert_allclose(variable, value, rtol=2e-3, atol=2e-4, err_msg=variable.path)
+    for variable, twin in zip(variables[3:], twins[3:], strict=True):
+        np.testing.assert_array_equal(variable, twin, err_msg=variable.path)
+
+
+def test_muon_keeps_no_squares_of_matrices():
+    variables = toy_variables()
+    optimizer = muon(variables, learning_rate=0.1, weight_decay=0, clip_norm=0)
+    names = [variable.path for variable in optimizer.variables]
+    assert sum("momentum" in name for name in names) == len(variables)
+    assert sum("velocity" in name for name in names) == 2  # bias and conv_in
+
+
+def test_muon_takes_kernels_but_the_first_and_last_of_our_networks(toy_networks):
+    networks = toy_networks()
+    variables = networks.unet.trainable_variables + networks.text_encoder.trainable_variables
+    left = [variable.path for variable in variables if len(variable.shape) >= 2 and not is_matrix(variable)]
+    assert any("conv_in" in path for path in left) and any("conv_out" in path for path in left)
+    assert all(any(word in path for word in ("conv_in", "conv_out", "words", "positions")) for path in left)
+    assert sum(is_matrix(variable) for variable in variables) > 20
+
+
+def test_muon_on_two_replicas_is_muon_on_one(two_replicas):
+    def trained(strategy, shares):
+        with strategy.scope():
+            variables = toy_variables()
+            optimizer = muon(variables, learning_rate=0.01, weight_decay=0.1, clip_norm=1.0)
+
+        def step(seed):
+            replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+            gradients = [
+                tf.gather(tf.stack([share * gradient for share in shares]), replica)
+                for gradient in toy_gradients(variables, seed)
+            ]
+            optimizer.apply(gradients, variables)
+
+        for seed in range(3):
+            strategy.run(tf.function(step), args=(seed,))
+        return [strategy.experimental_local_results(variable.value)[-1].numpy() for variable in variables]
+
+    one, two = trained(tf.distribute.get_strategy(), [1.0]), trained(two_replicas, [0.25, 0.75])
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+# The learning rate.
+
+
+def test_the_learning_rate_climbs_linearly_and_falls_along_a_cosine():
+    rate = warmup_cosine(2.0, steps=100, warmup_steps=20)
+    for step in (0, 5, 20):
+        assert float(rate(step)) == pytest.approx(0.1 + (2.0 - 0.1) * step / 20, rel=1e-5)
+    for step in (20, 35, 60, 100, 200):
+        fall = (1 + math.cos(math.pi * min(1.0, (step - 20) / 80))) / 2
+        assert float(rate(step)) == pytest.approx(2.0 * (0.01 + 0.99 * fall), rel=1e-5)
+
+
+@pytest.mark.parametrize(("steps", "warmup_steps"), [(6, 100), (1, 100), (1, 0), (4, 0)])
+def test_a_training_shorter_than_its_warm_up_still_learns(steps, warmup_steps):
+    rate = warmup_cosine(2.0, steps, warmup_steps)
+    rates = [float(rate(step)) for step in range(steps)]
+    assert min(rates) > 0
+    assert max(rates) == pytest.approx(2.0)
