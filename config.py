@@ -41,7 +41,7 @@ class TextEncoderConfig:
     """The `vocabulary` text encoder's shape (`model.text_encoder.VocabularyEncoder`)."""
 
     width: int = 128  # width of the context
-    layers: int = 2  # transformer blocks
+    layers: int = 1  # transformer blocks
     heads: int = 4  # attention heads
 
 
@@ -72,7 +72,7 @@ class VAETrainingConfig:
     """How the autoencoder is trained (`trainer.VAETrainer`)."""
 
     epochs: int = 4  # rounds of `steps_per_epoch`
-    steps_per_epoch: int | None = 600  # None: one pass over the training pictures
+    steps_per_epoch: int | None = 450  # None: one pass over the training pictures
     batch_size: int = 8  # pictures a step, over all devices
     optimizer: str = "muon"  # adamw or muon
     learning_rate: float = 4e-3  # peak of the schedule
@@ -89,11 +89,11 @@ class VAETrainingConfig:
 class TrainingConfig:
     """How the U-Net and the text encoder are trained (`trainer.LatentDiffusionTrainer`)."""
 
-    epochs: Annotated[int, tyro.conf.arg(prefix_name=False)] = 8  # rounds of `steps_per_epoch`
-    steps_per_epoch: int | None = 250  # None: one pass over the training pictures
-    batch_size: Annotated[int, tyro.conf.arg(prefix_name=False)] = 32  # pictures a step, over all devices
+    epochs: Annotated[int, tyro.conf.arg(prefix_name=False)] = 18  # rounds of `steps_per_epoch`
+    steps_per_epoch: int | None = None  # None: one pass over the training pictures
+    batch_size: Annotated[int, tyro.conf.arg(prefix_name=False)] = 64  # pictures a step, over all devices
     optimizer: str = "muon"  # adamw or muon
-    learning_rate: float = 3e-3  # peak of the schedule
+    learning_rate: float = 4e-3  # peak of the schedule
     warmup_steps: int = 100  # linear warm-up, then cosine decay to a hundredth
     weight_decay: float = 1e-2  # of kernels; never of biases and norms
     clip_norm: float = 1.0  # largest global norm of the gradient
@@ -114,7 +114,7 @@ class EvaluationConfig:
     size: int = 224  # side that pictures are resized to for it; 75 or 299 for inception_v3
     weights: str | None = None  # local file of the feature network's weights
     images: int = 256  # pictures drawn each time KID is measured
-    every: int = 4  # epochs between two measurements; the first and the last are measured anyway
+    every: int = 9  # epochs between two measurements; the first and the last are measured anyway
     steps: int = 20  # sampler steps
     guidance: float = 2.5  # strength of classifier-free guidance; 1 is off
     batch_size: int = 64  # pictures drawn at once
@@ -160,7 +160,7 @@ CUP3 = Config(
     image_size=128,
     augmentation=PHOTOGRAPHS,
     vae=VAEConfig(level_channels=(32, 64, 128, 128), blocks=(1, 1, 1, 1), latent_channels=4, attention=True),
-    text_encoder=TextEncoderConfig(width=768, heads=12),
+    text_encoder=TextEncoderConfig(width=768, layers=2, heads=12),
     unet=UNetConfig(
         level_channels=(128, 256, 512, 512),
         attention_levels=(True, True, True, False),
@@ -232,14 +232,20 @@ def light(config: Config) -> Config:
     """The same data and pictures with small networks, sized for an hour on two cores at 64 px."""
     return dataclasses.replace(
         config,
-        vae=VAEConfig(),
+        vae=VAEConfig(latent_channels=8),
         text_encoder=TextEncoderConfig(),
         unet=UNetConfig(level_channels=(96, 192)),
-        vae_training=VAETrainingConfig(epochs=6, steps_per_epoch=1000),
+        diffusion=dataclasses.replace(config.diffusion, max_signal_rate=0.995),
+        vae_training=VAETrainingConfig(epochs=6, steps_per_epoch=500),
         training=TrainingConfig(
-            epochs=16, steps_per_epoch=500, latent_crops=4, ema=0.999, validation_fraction=0.1
+            epochs=15,
+            steps_per_epoch=200,
+            learning_rate=3e-3,
+            latent_crops=4,
+            ema=0.999,
+            validation_fraction=0.1,
         ),
-        evaluation=dataclasses.replace(config.evaluation, batch_size=64),
+        evaluation=dataclasses.replace(config.evaluation, every=5, batch_size=64),
     )
 
 

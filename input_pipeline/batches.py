@@ -4,6 +4,8 @@ Each element is a whole global batch, a pure function of (seed, step), drawn bef
 its own noise and times, so that a resumed run, or one on more replicas, sees the same numbers.
 """
 
+import os
+
 import numpy as np
 import tensorflow as tf
 
@@ -12,6 +14,8 @@ from input_pipeline.augmentation import augment_batch, fit, to_pixels
 from input_pipeline.caches import padded_captions
 from input_pipeline.randomness import key, keys, sample_order
 
+WORKERS = min(8, os.cpu_count() or 1)  # threads that make batches
+BATCHES_AHEAD = 4
 LARGEST_IN_MEMORY = 2**30  # bytes; larger arrays stay where they are, for example mapped from a file
 
 
@@ -180,7 +184,7 @@ def _one_pass(batch, n, ids, batch_size):
     place = np.arange(n_batches * batch_size)
     filled = ids[np.minimum(place, len(ids) - 1)].reshape(n_batches, batch_size)
     weights = (place < len(ids)).astype(np.float32).reshape(n_batches, batch_size)
-    return tf.data.Dataset.from_tensor_slices((filled, weights)).map(batch).prefetch(1)
+    return _untuned(tf.data.Dataset.from_tensor_slices((filled, weights)).map(batch).prefetch(1))
 
 
 def _frozen_draw(draw, shape, seed, what, sample_ids):
@@ -195,8 +199,15 @@ def _frozen_draw(draw, shape, seed, what, sample_ids):
 def _endless(batch, start_step):
     """batch(step) for step = start_step, start_step + 1, ...; computed ahead and in order."""
     steps = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max)
-    batches = steps.map(batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return batches.prefetch(tf.data.AUTOTUNE)
+    batches = steps.map(batch, num_parallel_calls=WORKERS, deterministic=True)
+    return _untuned(batches.prefetch(BATCHES_AHEAD))
+
+
+def _untuned(dataset):
+    """Without tf.data's tuner: ending an iterator waits for it, up to most of a minute on a busy machine."""
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
 
 
 def _chooser(n, ids, batch_size, seed):

@@ -505,6 +505,11 @@ def test_a_stopped_run_saves_says_how_to_go_on_and_ends_as_one_that_was_not(
     assert RunFolder.read(folder).latest("diffusion").step == 5
     assert not (folder / "curves.png").exists()
 
+    # SIGKILL in the step after: nothing can be saved, and nothing of what was saved is lost
+    code, _ = stopped_process(line, "diffusion", 5, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert RunFolder.read(folder).latest("diffusion").step == 5
+
     assert cup3.main(line) == 0
     run, whole = RunFolder.read(folder), RunFolder.read(finished[0])
     assert_same(run.finished("vae").tensors, whole.finished("vae").tensors)
