@@ -174,9 +174,9 @@ def test_a_stem_stands_below_the_flower():
 
 def test_sizes_show_the_same_picture():
     for flower in flowers(6):
-        large = Image.fromarray(draw(flower, 256)).resize((64, 64), Image.Resampling.BOX)
+        large = Image.fromarray(draw(flower, 256)).resize((64, 64), Image.Resampling.BILINEAR)
         difference = np.abs(np.asarray(large, int) - draw(flower, 64)).mean()
-        assert difference < 1.5
+        assert difference < 1.3
 
 
 # Captions
