@@ -65,6 +65,6 @@ def _plot_kid(axis, rows):
     axis.plot(
         [row["epoch"] for row in best], [row["val_kid"] for row in best], "*", markersize=14, label="best"
     )
-    axis.set(title="KID", xlabel="epoch", yscale="symlog")
+    axis.set(title="KID", xlabel="epoch")
     axis.set_yscale("log" if (values > 0).all() else "linear")
     axis.legend()

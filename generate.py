@@ -19,7 +19,7 @@ from config import Config, from_dict, part
 from diffusion.samplers import ddim, guide, uniform_times
 from diffusion.schedule import Process
 from errors import InputError
-from input_pipeline import Vocabulary
+from input_pipeline import Vocabulary, atomic_file
 from model.text_encoder import VocabularyEncoder
 from model.unet import UNet
 from model.vae import AutoencoderKL
@@ -235,9 +235,11 @@ def write_pictures(
             paths.append(folder / f"{len(pictures):04d}.png")
             save_png(picture, paths[-1], steps=steps, guidance=guidance, run=run)
             pictures.append(picture)
-        captioned_grid(
+        grid = captioned_grid(
             [picture.image for picture in pictures], [picture.prompt for picture in pictures]
-        ).save(folder / "grid.png")
+        )
+        with atomic_file(folder / "grid.png") as file:
+            grid.save(file, "PNG")
     except OSError as error:
         raise InputError(f"--out: received {out}, which cannot be written ({error.strerror})") from error
     print(f"{len(paths)} pictures and grid.png in {folder}")
@@ -257,7 +259,8 @@ def save_png(picture: Picture, path, **settings):
     info = PngImagePlugin.PngInfo()
     for name, value in {"prompt": picture.prompt, "seed": picture.seed, **settings}.items():
         info.add_itxt(name, str(value))
-    Image.fromarray(picture.image).save(path, pnginfo=info)
+    with atomic_file(path) as file:
+        Image.fromarray(picture.image).save(file, "PNG", pnginfo=info)
 
 
 def captioned_grid(images, captions, columns=4, cell=128, lines=3) -> Image.Image:

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 UNDECAYED = ("bias", "gamma", "beta", "embeddings")
 FINAL_LEARNING_RATE = 0.01  # of the peak, at the end of the cosine decay
-# Newton-Schulz, x -> a x + b x (x'x) + c x (x'x)^2: singular values of 0.01 to 1 become 0.7 to 1.2 in five steps.
+# Newton-Schulz, x -> a x + b x (x'x) + c x (x'x)^2: singular values of 0.01 to 1 become 0.6 to 1.2 in five steps.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 MUON_MOMENTUM = 0.95
@@ -20,7 +20,17 @@ class AdamW(keras.optimizers.AdamW):
 
     Keras clips each replica's gradient and sums afterwards, so that N replicas take up to N times the step of
     one. Here the sum over replicas comes first.
+
+    Takes Keras' arguments, but no `amsgrad`.
+
+    Raises:
+        ValueError: `amsgrad` is asked for.
     """
+
+    def build(self, variables):
+        if self.amsgrad:
+            raise ValueError("the fused update has no amsgrad. Received: amsgrad=True")
+        super().build(variables)
 
     def apply(self, grads, trainable_variables=None):
         # An embedding's gradient names a row as often as its word occurs: squares are right only of their sum.
@@ -34,7 +44,7 @@ class AdamW(keras.optimizers.AdamW):
         """Left to `update_step`: here Keras would trace the learning rate anew for every variable."""
 
     def _decay(self, variable, learning_rate):
-        if self._use_weight_decay(variable):
+        if self.weight_decay and self._use_weight_decay(variable):
             rate = tf.cast(learning_rate * self.weight_decay, variable.dtype)
             variable.assign_sub(variable * rate)
 
@@ -67,8 +77,8 @@ class Muon(AdamW):
 
     All directions of a weight matrix learn equally fast, instead of those that the gradients favour. The kernel
     of a convolution counts as a matrix of (height * width * input, output channels). Vectors, embeddings and the
-    first and last convolution follow AdamW. Steps are scaled by 0.2 sqrt(longer side), so that a learning rate
-    and a weight decay mean about what they mean to AdamW (Liu et al. 2025, arXiv 2502.16982).
+    convolutions named `conv_in` and `conv_out` follow AdamW. Steps are scaled by 0.2 sqrt(longer side), so that
+    a learning rate and a weight decay mean about what they mean to AdamW (Liu et al. 2025, arXiv 2502.16982).
 
     Keras' own Muon leaves convolutions to AdamW.
     """
@@ -76,20 +86,16 @@ class Muon(AdamW):
     def build(self, variables):
         if self.built:
             return
-        keras.optimizers.Optimizer.build(self, variables)
+        if self.amsgrad:
+            raise ValueError("the fused update has no amsgrad. Received: amsgrad=True")
+        keras.optimizers.Optimizer.build(self, variables)  # not Adam's, which keeps squares of matrices too
         self._momentums = self.add_optimizer_variables(variables, "momentum")
         adams = [variable for variable in variables if not is_matrix(variable)]
-        velocities = dict(
-            zip(
-                (id(variable) for variable in adams),
-                self.add_optimizer_variables(adams, "velocity"),
-                strict=True,
-            )
-        )
-        self._velocities = [velocities.get(id(variable)) for variable in variables]
+        squares = iter(self.add_optimizer_variables(adams, "velocity"))
+        self._velocities = [None if is_matrix(variable) else next(squares) for variable in variables]
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
-        """Keras' update, where the gradient of each matrix is followed by the direction of its step."""
+        """Keras' update, where (momentum, direction of the step) take the place of each matrix's gradient."""
         grads = list(grads)
         places = {}  # of the matrices, by their sides: those of one shape take their steps together
         for place, variable in enumerate(trainable_variables):
@@ -97,28 +103,28 @@ class Muon(AdamW):
                 rows, columns = _sides(variable)
                 places.setdefault((rows, columns), []).append(place)
         for sides, chosen in places.items():
+            momentums = [self._moved(grads[place], trainable_variables[place]) for place in chosen]
+            # Nesterov's: moved by this gradient once more.
             ahead = [
-                tf.reshape(self._momentum_ahead(grads[place], trainable_variables[place]), sides)
-                for place in chosen
+                tf.reshape(momentum + (1 - MUON_MOMENTUM) * (grads[place] - momentum), sides)
+                for place, momentum in zip(chosen, momentums, strict=True)
             ]
             directions = tf.unstack(MUON_RMS * math.sqrt(max(sides)) * orthogonalised(tf.stack(ahead)))
-            for place, direction in zip(chosen, directions, strict=True):
-                grads[place] = (grads[place], direction)
+            for place, *parts in zip(chosen, momentums, directions, strict=True):
+                grads[place] = tuple(parts)
         super()._backend_update_step(grads, trainable_variables, learning_rate)
 
-    def _momentum_ahead(self, gradient, variable):
-        """Nesterov's momentum: the mean of the gradients, this one in it, moved by this one once more."""
+    def _moved(self, gradient, variable):
+        """The variable's momentum with this gradient in it."""
         momentum = tf.convert_to_tensor(self._momentums[self._get_variable_index(variable)].value)
-        moved = momentum + (1 - MUON_MOMENTUM) * (gradient - momentum)
-        return moved + (1 - MUON_MOMENTUM) * (gradient - moved)
+        return momentum + (1 - MUON_MOMENTUM) * (gradient - momentum)
 
     def update_step(self, gradient, variable, learning_rate):
         if not isinstance(gradient, tuple):
             return super().update_step(gradient, variable, learning_rate)
         self._decay(variable, learning_rate)
-        gradient, direction = gradient
-        momentum = self._momentums[self._get_variable_index(variable)].value
-        momentum.assign_add((1 - MUON_MOMENTUM) * (gradient - momentum))
+        momentum, direction = gradient
+        self._momentums[self._get_variable_index(variable)].value.assign(momentum)
         variable.assign_sub(tf.cast(learning_rate, variable.dtype) * tf.reshape(direction, variable.shape))
 
 
@@ -134,7 +140,7 @@ def _sides(variable):
 
 
 def orthogonalised(matrices):
-    """The nearest (semi-)orthogonal matrices, roughly: singular values of 0.7 to 1.2 in place of the matrices' own.
+    """The nearest (semi-)orthogonal matrices, roughly: singular values of 0.6 to 1.2 in place of the matrices' own.
 
     Newton-Schulz on the smaller Gram matrix: x is multiplied once, at the end, by the product of all steps'
     polynomials, which all commute.

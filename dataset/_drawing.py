@@ -39,7 +39,7 @@ SCENES = {  # top, middle, bottom, colour of the spots
 STEM_RGB = (74, 128, 52)
 LEAF_RGB = (66, 132, 58)
 
-_SUPERSAMPLING = 2  # grid points a pixel, each way
+_SUPERSAMPLING = 2  # grid points a pixel, each way; _PIXEL_FILTER depends on it
 _PIXEL_FILTER = np.float32([1, 5, 10, 10, 5, 1]) / 32  # weights of the grid points about a pixel, each way
 _SCENE_SIDE = 48  # backgrounds are smooth: painted at this size and enlarged
 _STEPS = 1024  # entries of a petal's outline
@@ -76,9 +76,10 @@ def draw(flower, size):
 def _reduced(canvas):
     """The picture's pixels from the grid: a Gaussian of deviation 0.56 pixels about each, (3, size, size).
 
-    As renderers do it; the mean over a pixel's own grid points alone looks cut out with scissors.
+    A usual filter of renderers (Pharr, Jakob & Humphreys, Physically Based Rendering, section 7.8); the mean
+    over a pixel's own grid points alone looks cut out with scissors.
     """
-    rim = len(_PIXEL_FILTER) // 2 - 1
+    rim = (len(_PIXEL_FILTER) - _SUPERSAMPLING) // 2
     canvas = np.pad(canvas, ((0, 0), (rim, rim), (rim, rim)), mode="edge")
     places, last = range(len(_PIXEL_FILTER)), canvas.shape[-1] - len(_PIXEL_FILTER) + 1
     rows = sum(_PIXEL_FILTER[k] * canvas[:, k : k + last : _SUPERSAMPLING] for k in places)

@@ -14,7 +14,7 @@ from input_pipeline.augmentation import augment_batch, fit, to_pixels
 from input_pipeline.caches import padded_captions
 from input_pipeline.randomness import key, keys, sample_order
 
-WORKERS = min(8, os.cpu_count() or 1)  # threads that make batches
+WORKERS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 BATCHES_AHEAD = 4
 LARGEST_IN_MEMORY = 2**30  # bytes; larger arrays stay where they are, for example mapped from a file
 

@@ -215,6 +215,18 @@ def test_times_are_stratified_and_shuffled(latents, captions):
     assert len(orders) == 10
 
 
+def test_no_stream_has_a_tuner_to_wait_for(latents, captions):
+    pictures = np.zeros((4, 8, 8, 3), np.uint8)
+    settings = {"image_size": 8, "batch_size": 2, "seed": 0}
+    for stream in (
+        latents_of(latents, captions),
+        batches.validation_batches(latents, captions, VOCABULARY, batch_size=2, seed=0),
+        batches.picture_batches(pictures, augmentation=Augmentation(), **settings),
+        batches.picture_validation_batches(pictures, **settings),
+    ):
+        assert stream.options().autotune.enabled is False
+
+
 def test_logit_normal_times_are_the_sigmoid_of_a_normal_variable(latents, captions):
     uniform, normal = (
         np.concatenate([b["diffusion_times"] for b in take(latents_of(latents, captions, times=times), 200)])

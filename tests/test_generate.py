@@ -327,3 +327,14 @@ def test_a_damaged_vocabulary_is_refused(run_path, tmp_path):
     (tmp_path / "v.json").write_text("{")
     with pytest.raises(InputError, match=r"v\.json: cannot be read as a vocabulary"):
         Vocabulary.load(tmp_path / "v.json")
+
+
+def test_a_picture_whose_writing_is_cut_is_not_there(tmp_path, monkeypatch):
+    def cut(self, file, *arguments, **keywords):
+        file.write(b"half of a picture")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", cut)
+    with pytest.raises(KeyboardInterrupt):
+        save_png(Picture(np.zeros((4, 4, 3), "uint8"), "a flower", 0), tmp_path / "x.png")
+    assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from optimizers import AdamW, adamw, is_matrix, muon, orthogonalised, warmup_cosine
+from optimizers import AdamW, Muon, adamw, is_matrix, muon, orthogonalised, warmup_cosine
 
 
 def arrays(variables):
@@ -167,6 +167,12 @@ def test_muon_is_the_papers_for_matrices_and_adamw_for_the_rest():
         np.testing.assert_array_equal(variable, twin, err_msg=variable.path)
 
 
+@pytest.mark.parametrize("kind", [AdamW, Muon])
+def test_amsgrad_is_refused(kind):
+    with pytest.raises(ValueError, match="no amsgrad"):
+        kind(0.1, amsgrad=True).build(toy_variables())
+
+
 def test_muon_keeps_no_squares_of_matrices():
     variables = toy_variables()
     optimizer = muon(variables, learning_rate=0.1, weight_decay=0, clip_norm=0)
@@ -177,7 +183,11 @@ def test_muon_keeps_no_squares_of_matrices():
 
 def test_muon_takes_kernels_but_the_first_and_last_of_our_networks(toy_networks):
     networks = toy_networks()
-    variables = networks.unet.trainable_variables + networks.text_encoder.trainable_variables
+    variables = [
+        variable
+        for network in (networks.unet, networks.text_encoder, networks.vae)
+        for variable in network.trainable_variables
+    ]
     left = [variable.path for variable in variables if len(variable.shape) >= 2 and not is_matrix(variable)]
     assert any("conv_in" in path for path in left) and any("conv_out" in path for path in left)
     assert all(any(word in path for word in ("conv_in", "conv_out", "words", "positions")) for path in left)

@@ -28,8 +28,9 @@ from dataset import paper_flowers
 from errors import InputError
 from generate import load
 from input_pipeline import Latents, latent_batches, load_data, read_pictures, split, validation_batches
+from input_pipeline.batches import TIMES
 from metrics import KID
-from optimizers import adamw, warmup_cosine
+from optimizers import OPTIMIZERS, adamw, warmup_cosine
 from trainer import LatentDiffusionTrainer
 
 ROOT = Path(stages.__file__).parent
@@ -55,6 +56,11 @@ TINY = {
     "vae-training.steps-per-epoch": STEPS,
     "vae-training.batch-size": 8,
     "vae-training.perceptual-weight": 0,
+    "vae-training.optimizer": "adamw",
+    "vae-training.learning-rate": 0.004,
+    "training.optimizer": "muon",
+    "training.learning-rate": 0.003,
+    "training.times": "logit_normal",
     "epochs": EPOCHS,
     "training.steps-per-epoch": STEPS,
     "batch-size": 8,
@@ -363,12 +369,39 @@ def test_the_log_has_a_row_an_epoch_with_its_protocol(finished):
             "sampler": "ddim",
             "steps": 2,
             "guidance": 2.0,
-            "ema": rows[2]["protocol"]["ema"],
+            "ema": True,
             "seed": 0,
         }
     assert [row["best"] for row in rows[2:4]][0] is True
     assert rows[4].keys() == {"stage", "step", "petal_color", "center_color", "petals", "both_colors", "n"}
     assert rows[4]["n"] == 8
+
+
+def test_each_stage_follows_its_own_optimizer(finished):
+    for stage, optimizer, other in (("vae", "adamw", "muon"), ("diffusion", "muon", "adamw")):
+        names = list(final_tensors(finished[0], stage))
+        assert any(name.startswith(f"optimizer/{optimizer}/") for name in names)
+        assert not any(name.startswith(f"optimizer/{other}/") for name in names)
+
+
+def test_the_times_are_drawn_as_the_settings_say(finished, flowers, tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def latent_batches(*arguments, times, **keywords):
+        raise Seen(times)
+
+    monkeypatch.setattr(stages.pipeline, "latent_batches", latent_batches)
+    for times in ("uniform", "logit_normal"):
+        changes = {"vae-from": finished[0], "training.times": times}
+        with pytest.raises(Seen, match=times):
+            cup3.main(words(flowers, tmp_path / times, **changes))
+
+
+def test_the_command_line_offers_what_there_is():
+    offered = {name: known for name, _, known in stages.settings._choices(stages.settings.Config())}
+    assert offered["vae-training.optimizer"] == offered["training.optimizer"] == tuple(OPTIMIZERS)
+    assert offered["training.times"] == tuple(TIMES)
 
 
 def test_the_grids_and_curves_are_pictures(finished):
@@ -485,6 +518,11 @@ def test_a_stopped_run_saves_says_how_to_go_on_and_ends_as_one_that_was_not(
     line = words(flowers, folder)
     to_go_on = f"\ncup3: Stopped; {folder} is saved. Give the same command again to go on.\n"
 
+    # SIGKILL in the autoencoder's second epoch: its steps since the first are lost, and taken again
+    code, _ = stopped_process(line, "vae", 5, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert RunFolder.read(folder).latest("vae").step == 3
+
     # Ctrl-C in the autoencoder's second epoch
     code, error = stopped_process(line, "vae", 4, signal.SIGINT)
     assert (code, error.endswith(to_go_on)) == (130, True), error
@@ -504,11 +542,6 @@ def test_a_stopped_run_saves_says_how_to_go_on_and_ends_as_one_that_was_not(
     assert (code, error.endswith(to_go_on)) == (143, True), error
     assert RunFolder.read(folder).latest("diffusion").step == 5
     assert not (folder / "curves.png").exists()
-
-    # SIGKILL in the step after: nothing can be saved, and nothing of what was saved is lost
-    code, _ = stopped_process(line, "diffusion", 5, signal.SIGKILL)
-    assert code == -signal.SIGKILL
-    assert RunFolder.read(folder).latest("diffusion").step == 5
 
     assert cup3.main(line) == 0
     run, whole = RunFolder.read(folder), RunFolder.read(finished[0])
