@@ -1,4 +1,4 @@
-"""What the optimizer and the distribution of the times do for the default preset: one change each, equal steps.
+"""What the optimizer (with a learning rate of its own) and the times do for the default preset, at equal steps.
 
 python cup3.py
 python benchmarks/recipe.py --vae-from runs/paper-flowers --epochs 9
