@@ -66,7 +66,6 @@ def _plot_kid(axis, rows):
         [row["epoch"] for row in best], [row["val_kid"] for row in best], "*", markersize=14, label="best"
     )
     axis.set(title="KID", xlabel="epoch")
-    axis.set_ylim(
-        bottom=min(0.0, *lows, floor or 0.0)
-    )  # the floor, which may be below 0, shows beside the values
+    # The floor, which may lie below zero, shows beside the values.
+    axis.set_ylim(bottom=min(0.0, *lows, floor or 0.0))
     axis.legend()
