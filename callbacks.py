@@ -15,8 +15,11 @@ from checkpoint import RunFolder, assign, collect, named_variables
 SHOW_EVERY = 10  # steps between two readings of the loss, which make an accelerator wait
 
 
-class Interrupted(Exception):
-    """A signal (`signal`, its number) asked the process to stop."""
+class Interrupted(BaseException):
+    """A signal (`signal`, its number) asked the process to stop.
+
+    Like KeyboardInterrupt no `Exception`: those that cross a layer's `call` Keras makes anew, from their text.
+    """
 
     def __init__(self, number):
         super().__init__(f"stopped by {signal.Signals(number).name}")

@@ -175,9 +175,18 @@ def _read_csv(file):
         with file.open(encoding="utf-8-sig", newline="") as lines:
             table = csv.DictReader(lines)
             _require(file, table.fieldnames or ())
-            return [(row["file_name"], row["text"]) for row in table]
+            return [_csv_row(file, table.line_num, row) for row in table]
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{file}: cannot be read as CSV in UTF-8 ({error})") from None
+
+
+def _csv_row(file, line, row):
+    if None in row:  # where `csv` keeps what has no column
+        raise InputError(
+            f"{file}: line {line} has {len(row) - 1 + len(row[None])} fields, expected {len(row) - 1}; "
+            "a text with commas stands in double quotes"
+        )
+    return row["file_name"], row["text"]
 
 
 def _read_jsonl(file):

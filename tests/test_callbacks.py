@@ -7,6 +7,7 @@ import signal
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import callbacks
 from callbacks import Bar, Interrupted, Keeper, Signals, describe
@@ -83,6 +84,18 @@ def test_a_signal_waits_until_the_step_is_whole(number):
     assert done == ["the step"]
     assert stop.value.signal == number
     assert signal.getsignal(number) is former
+
+
+def test_a_signal_while_keras_traces_a_layer_comes_through_whole():
+    class Slow(keras.layers.Layer):
+        def call(self, x):
+            os.kill(os.getpid(), signal.SIGINT)
+            return x
+
+    network = keras.Sequential([Slow()])
+    with pytest.raises(Interrupted) as stop, Signals():
+        tf.function(network)(tf.zeros((1, 2)))
+    assert stop.value.signal == signal.SIGINT
 
 
 def test_a_signal_between_the_steps_acts_at_once_and_only_once():

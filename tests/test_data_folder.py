@@ -200,6 +200,11 @@ def test_refuses_metadata_without_the_columns(tmp_path, kind):
         ("metadata.csv", b"file_name,text\na.png,\xff", ["cannot be read as CSV in UTF-8"]),
         ("metadata.csv", b"file_name,text\na.png\n", ["row 0", "expected a caption"]),
         ("metadata.csv", b"", ["column file_name is missing"]),
+        (
+            "metadata.csv",
+            b"file_name,text\na.png,rose\nb.png,a rose, in a garden, at dusk\n",
+            ["line 3 has 4 fields, expected 2", "in double quotes"],
+        ),
     ],
 )
 def test_refuses_damaged_metadata(tmp_path, name, content, parts):
