@@ -19,7 +19,8 @@ from config import Config, from_dict, part
 from diffusion.samplers import ddim, guide, uniform_times
 from diffusion.schedule import Process
 from errors import InputError
-from input_pipeline import Vocabulary, atomic_file
+from files import atomic_file
+from input_pipeline import Vocabulary
 from model.text_encoder import VocabularyEncoder
 from model.unet import UNet
 from model.vae import AutoencoderKL

@@ -20,6 +20,7 @@ from dataset import paper_flowers
 from diffusion.schedule import Process
 from errors import InputError
 from evaluate import follows_captions, plot_curves
+from files import fingerprint
 from generate import Networks, captioned_grid, make_diffusion, make_vae
 from metrics import Protocol, psnr
 from model.perceptual import FeatureNetwork, PerceptualDistance
@@ -153,7 +154,7 @@ class _Data:
         tests = captioned.test_tokens
         self.shown_tokens = first if tests is None else tests
         self.has_probe = (Path(config.data) / "attributes.csv").exists()
-        self.fingerprint = pipeline.fingerprint(pictures)
+        self.fingerprint = fingerprint(pictures)
 
 
 def _data(config, run):
@@ -303,7 +304,7 @@ def _latents(config, run, data, vae):
         lambda pixels: tuple(np.asarray(part) for part in encode(pixels)),
         cache_file=run.cache_path("latents.safetensors"),
         fingerprint={
-            "vae": pipeline.fingerprint(*(np.asarray(weight) for weight in vae.weights)),
+            "vae": fingerprint(*(np.asarray(weight) for weight in vae.weights)),
             "pictures": data.fingerprint,
         },
         image_size=config.image_size,
@@ -403,9 +404,7 @@ def _text_context(run, data, text_encoder):
         data.vocabulary.empty(),
         context_and_mask,
         cache_file=run.cache_path("text.safetensors"),
-        fingerprint={
-            "text encoder": pipeline.fingerprint(*(np.asarray(weight) for weight in text_encoder.weights))
-        },
+        fingerprint={"text encoder": fingerprint(*(np.asarray(weight) for weight in text_encoder.weights))},
     )
 
 

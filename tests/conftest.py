@@ -17,12 +17,14 @@ import pytest
 import tensorflow as tf
 from keras import ops
 
+from checkpoint import RunFolder
 from diffusion.schedule import Process
 from generate import Networks
 from input_pipeline import Vocabulary
 from model.text_encoder import VocabularyEncoder
 from model.unet import UNet
 from model.vae import AutoencoderKL
+from tests.run_folders import CONFIG
 
 # Replicas need devices, and devices are fixed by the first operation: so here, before any test.
 _CPU = tf.config.list_physical_devices("CPU")[0]
@@ -35,6 +37,13 @@ _unmet = []
 def two_replicas():
     """A `tf.distribute` strategy of two replicas, both on the CPU."""
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A new run folder, open for writing."""
+    with RunFolder.open(tmp_path / "run", CONFIG) as run:
+        yield run
 
 
 TOY_TEXTS = ("one red flower", "a blue flower with a yellow center", "two green leaves")
