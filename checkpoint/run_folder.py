@@ -101,7 +101,10 @@ class RunFolder:
         return self.path / "curves.png"
 
     def sample_path(self, name: str) -> Path:
-        return self.path / "samples" / name
+        """The place of a sample, in a folder that is there, also when somebody has taken it away."""
+        folder = self.path / "samples"
+        folder.mkdir(exist_ok=True)
+        return folder / name
 
     def cache_path(self, name: str) -> Path:
         return self.path / "cache" / name
