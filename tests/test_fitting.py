@@ -104,7 +104,9 @@ def work(trainer, folder, stop=None):
             fit(
                 trainer,
                 keeper,
-                lambda step: latent_batches(*data, **stream, caption_dropout=0.2, start_step=step),
+                lambda step: latent_batches(
+                    *data, **stream, caption_dropout=0.2, times="uniform", start_step=step
+                ),
                 validation_batches(*data, **stream),
             )
         except Interrupted:

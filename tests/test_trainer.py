@@ -113,7 +113,7 @@ def fit_diffusion(strategy, light_networks):
     validation = validation_batches(*data, batch_size=4, seed=3, ids=range(5))
     watch = Watch()
     history = trainer.fit(
-        latent_batches(*data, **stream, caption_dropout=0.3),
+        latent_batches(*data, **stream, caption_dropout=0.3, times="uniform"),
         steps_per_epoch=STEPS // 2,
         epochs=2,
         validation_data=validation,
@@ -227,7 +227,7 @@ def test_replicas_see_different_noise(toy_networks):
     same = Latents(*(np.repeat(part[:1], 8, axis=0) for part in latents()))
     text = [captions()[0][:1]] * 8
     batch = next(
-        iter(latent_batches(same, text, vocabulary, batch_size=8, seed=0, caption_dropout=0))
+        iter(latent_batches(same, text, vocabulary, batch_size=8, seed=0, caption_dropout=0, times="uniform"))
     )  # one picture, eight times
     for name in ("noise", "latents", "diffusion_times"):
         rows = np.asarray(batch[name]).reshape(8, -1)
