@@ -1,7 +1,7 @@
 """The order of the work: data, autoencoder, latents, diffusion, pictures.
 
 Every stage asks the run folder what is done already and goes on from there, so that the same command, given
-again, resumes. The room that sees the whole config.
+again, resumes. The room that sees the whole config, of which the others get their parts.
 """
 
 import contextlib

@@ -10,8 +10,6 @@ from dataset import paper_flowers
 from errors import InputError
 from files import fingerprint
 
-FEWEST_FOR_KID = 3  # pictures on either side
-
 
 class Data:
     """The captioned pictures of a run: in memory or mapped, split, with their validation captions.
@@ -74,10 +72,10 @@ def prepared_data(config, run) -> Data:
 def _check_validation(config, n):
     fraction = config.training.validation_fraction
     held_out = len(pipeline.split(n, fraction, config.seed)[1])
-    if held_out < FEWEST_FOR_KID:
+    if held_out < settings.FEWEST_FOR_KID:
         raise InputError(
             f"{config.data}: received {n} pictures, of which --training.validation-fraction {fraction} holds out "
-            f"{held_out}; expected at least {FEWEST_FOR_KID} for KID"
+            f"{held_out}; expected at least {settings.FEWEST_FOR_KID} for KID"
         )
 
 
