@@ -67,10 +67,11 @@ def toy_networks():
         text_encoder = VocabularyEncoder(vocabulary.size, vocabulary.length, width=8, layers=1, heads=2)
         shape = {"head_channels": 4, "groups": 4, "ff_expansion": 1}
         unet = UNet(2, (8,), (True,), blocks=0, context_shape=text_encoder.context_shape, **shape)
+        process = Process(target, max_signal_rate=0.95, min_signal_rate=0.02)
         rng = np.random.default_rng(seed)
         for weight in vae.weights + text_encoder.weights + unet.weights:
             weight.assign_add(rng.uniform(0.05, 0.2, weight.shape))
-        return Networks(vae, text_encoder, unet, Process(target), vocabulary)
+        return Networks(vae, text_encoder, unet, process, vocabulary)
 
     return make
 

@@ -399,7 +399,11 @@ def test_pictures_come_from_the_averaged_networks_and_always_the_same(trained):
     networks = run.trainer.painter.networks
     assert networks.unet is run.trainer.ema_unet
     assert networks.text_encoder is run.trainer.ema_text_encoder
-    again = Painter(networks._replace(process=Process()), IMAGE_SIZE, batch_size=1)
+    again = Painter(
+        networks._replace(process=Process(target="velocity", max_signal_rate=0.95, min_signal_rate=0.02)),
+        IMAGE_SIZE,
+        batch_size=1,
+    )
     settings = {"steps": 2, "guidance": 2.0}
     np.testing.assert_allclose(images, np.stack(list(again.draw(tokens, [0, 1], **settings))), atol=1)
 
