@@ -49,9 +49,8 @@ def prepared_data(config, run) -> Data:
         InputError: data that cannot be used, or too few pictures.
     """
     folder = Path(config.data)
-    if config.data == settings.Config.data and not folder.exists():
-        print(f"   drawing paper flowers into {folder}")
-        paper_flowers.write(folder, size=config.image_size)
+    if config.data == settings.Config.data:
+        _provide_paper_flowers(folder, config.image_size, run)
     captioned = pipeline.load_data(folder)
     augmentation = pipeline.Augmentation(**settings.part(config.augmentation))
     pictures = pipeline.read_pictures(
@@ -67,6 +66,15 @@ def prepared_data(config, run) -> Data:
         f"{data.vocabulary.size} words"
     )
     return data
+
+
+def _provide_paper_flowers(folder, size, run):
+    """Draws the built-in data where it is missing; where it is there, it must be what would be drawn."""
+    if not folder.exists():
+        print(f"   drawing paper flowers into {folder}")
+        paper_flowers.write(folder, size=size)
+    elif not run.vocabulary_path.exists():  # a run that has begun stays with the data that it began with
+        paper_flowers.require_same(folder, size=size)
 
 
 def _check_validation(config, n):
