@@ -75,6 +75,9 @@ class VAETrainingConfig:
     epochs: int = 4  # rounds of `steps_per_epoch`
     steps_per_epoch: int | None = 325  # None: one pass over the training pictures
     batch_size: int = 8  # pictures a step, over all devices
+    micro_batches: int | None = (
+        None  # parts of a batch whose gradients are added up; None: 2 on a CPU, 1 on GPUs
+    )
     optimizer: str = "muon"  # adamw or muon; their learning rates differ
     learning_rate: float = 4e-3  # peak of the schedule; for adamw about 1e-3
     warmup_steps: int = 100  # linear warm-up, then cosine decay to a hundredth
@@ -93,6 +96,9 @@ class TrainingConfig:
     epochs: Annotated[int, tyro.conf.arg(prefix_name=False)] = 20  # rounds of `steps_per_epoch`
     steps_per_epoch: int | None = None  # None: one pass over the training pictures
     batch_size: Annotated[int, tyro.conf.arg(prefix_name=False)] = 64  # pictures a step, over all devices
+    micro_batches: int | None = (
+        None  # parts of a batch whose gradients are added up; None: 2 on a CPU, 1 on GPUs
+    )
     optimizer: str = "muon"  # adamw or muon; their learning rates differ
     learning_rate: float = 4e-3  # peak of the schedule; for adamw about 1e-3
     warmup_steps: int = 100  # linear warm-up, then cosine decay to a hundredth
@@ -350,6 +356,8 @@ def _least_values(config):
         yield f"{prefix}.clip-norm", stage.clip_norm, 0
         if stage.steps_per_epoch is not None:
             yield f"{prefix}.steps-per-epoch", stage.steps_per_epoch, 1
+        if stage.micro_batches is not None:
+            yield f"{prefix}.micro-batches", stage.micro_batches, 1
     yield "vae-training.kl-weight", vae_training.kl_weight, 0
     yield "vae-training.perceptual-weight", vae_training.perceptual_weight, 0
     yield "training.latent-crops", training.latent_crops, 1

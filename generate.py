@@ -14,6 +14,7 @@ from keras import ops
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from tqdm import tqdm
 
+import parallel
 from checkpoint import RunFolder, assign, named_variables
 from config import Config, from_dict, part
 from diffusion.samplers import ddim, guide, uniform_times
@@ -94,7 +95,7 @@ class Painter:
 
     def __init__(self, networks, image_size, batch_size=16):
         self.networks, self.batch_size = networks, batch_size
-        self.latent_shape = networks.vae.latent_shape(image_size)
+        self.image_size, self.latent_shape = image_size, networks.vae.latent_shape(image_size)
         # One trace serves every batch size and number of steps.
         length = networks.vocabulary.length
         signature = [
@@ -131,6 +132,12 @@ class Painter:
                 bar.update(len(tokens[rows]))
 
     def _draw(self, tokens, mask, seeds, times, guidance, guided):
+        def draw(tokens, mask, seeds):
+            return self._draw_part(tokens, mask, seeds, times, guidance, guided)
+
+        return parallel.joined(draw, [tokens, mask, seeds], [self.image_size, self.image_size, 3], "uint8")
+
+    def _draw_part(self, tokens, mask, seeds, times, guidance, guided):
         vae, text_encoder, unet, process, vocabulary = self.networks
         context = text_encoder([tokens, mask])
         if guided:

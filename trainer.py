@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
+import parallel
 from diffusion.schedule import diffuse, target_of
 from generate import Networks, Painter, captioned_grid, to_images
 from metrics import KID
@@ -23,12 +24,18 @@ class _Trainer(keras.Model):
 
     A subclass lists the names of its losses in `loss_names` and gives `sample_losses(batch, training)`: a dict of the
     loss of each sample (B,), of which "loss" is minimised.
+
+    Args:
+        name: of the Keras model.
+        micro_batches: parts of a batch (of this replica's share) whose gradients are added up, see
+            `parallel.summed`; None chooses by `parallel.parts_of`.
     """
 
     loss_names = ("loss",)
 
-    def __init__(self, name):
+    def __init__(self, name, micro_batches=None):
         super().__init__(name=name)
+        self.micro_batches = micro_batches
         self.trackers = {name: keras.metrics.Mean(name=name) for name in self.loss_names}
 
     @property
@@ -37,18 +44,42 @@ class _Trainer(keras.Model):
 
     def train_step(self, batch):
         """One step on a batch (this replica's part of it)."""
-        variables = self.trained_variables
-        with tf.GradientTape() as tape:
-            losses = self.sample_losses(batch, training=True)
-            # The optimizer sums gradients over the replicas, so each takes its share of the mean.
-            loss = ops.mean(losses["loss"]) / self.distribute_strategy.num_replicas_in_sync
-        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        gradients, means = self._gradients(batch)
+        self.optimizer.apply(gradients, self.trained_variables)
         self.after_step()
-        return self._track(losses)
+        return self._track(means)
+
+    def _gradients(self, batch):
+        """The gradients of the batch's mean loss, this replica's share of them, and the mean of each loss."""
+        variables = self.trained_variables
+        parts = parallel.parts_of(next(iter(batch.values())).shape[0], self.micro_batches)
+
+        def part(rows):
+            with tf.GradientTape() as tape:
+                losses = self.sample_losses(rows, training=True)
+                # The optimizer sums gradients over the replicas, so each takes its share of the mean.
+                loss = ops.mean(losses["loss"]) / (parts * self.distribute_strategy.num_replicas_in_sync)
+            gradients = [tf.convert_to_tensor(gradient) for gradient in tape.gradient(loss, variables)]
+            return gradients, {name: ops.mean(losses[name]) / parts for name in self.loss_names}
+
+        zeros = (
+            [tf.zeros(variable.shape) for variable in variables],
+            dict.fromkeys(self.loss_names, tf.zeros(())),
+        )
+        return parallel.summed(part, batch, parts, zeros)
 
     def test_step(self, batch):
         """The losses of a validation batch; its "weight" (B,) is 0 for rows that only fill the batch up."""
-        return self._track(self.sample_losses(batch, training=False), batch["weight"])
+        names = sorted(batch)
+
+        def losses_of(*rows):
+            losses = self.sample_losses(dict(zip(names, rows, strict=True)), training=False)
+            return ops.stack([losses[name] for name in self.loss_names], axis=-1)
+
+        losses = parallel.joined(losses_of, [batch[name] for name in names], [len(self.loss_names)])
+        return self._track(
+            dict(zip(self.loss_names, tf.unstack(losses, axis=-1), strict=True)), batch["weight"]
+        )
 
     def after_step(self):
         """What follows the optimizer's step, such as averaging weights."""
@@ -75,16 +106,25 @@ class VAETrainer(_Trainer):
         kl_weight: weight of the KL divergence (nats, mean over the latents' values).
         perceptual: function of (pixels, pixels) -> distance (B,), or None.
         perceptual_weight: its weight.
+        micro_batches: see `_Trainer`.
 
     Batches are dicts of `pixels` (B, H, W, 3), `posterior_noise` (B, h, w, C) and, in validation, `weight` (B,).
     """
 
     loss_names = ("loss", "recon_loss", "kl_loss", "perceptual_loss")
 
-    def __init__(self, vae, recon_loss="l1", kl_weight=1e-4, perceptual=None, perceptual_weight=0.0):
+    def __init__(
+        self,
+        vae,
+        recon_loss="l1",
+        kl_weight=1e-4,
+        perceptual=None,
+        perceptual_weight=0.0,
+        micro_batches=None,
+    ):
         if recon_loss not in ("l1", "mse"):
             raise ValueError(f"recon_loss must be l1 or mse. Received: {recon_loss!r}")
-        super().__init__(name="vae_trainer")
+        super().__init__("vae_trainer", micro_batches)
         self.vae, self.recon_loss, self.kl_weight = vae, recon_loss, kl_weight
         self.perceptual, self.perceptual_weight = perceptual, perceptual_weight
         self.built = True
@@ -132,6 +172,7 @@ class LatentDiffusionTrainer(_Trainer):
         kid_tokens: int32 (M, T), the captions drawn for it.
         draw: keywords of `Painter.draw`: steps and guidance of previews and validation.
         draw_batch: pictures drawn at once.
+        micro_batches: see `_Trainer`.
 
     Batches are those of `input_pipeline.latent_batches`: `latents`, `noise` (B, h, w, C), `diffusion_times` (B,),
     `tokens` (B, T) or `context` (B, T, D), `mask` (B, T).
@@ -148,8 +189,9 @@ class LatentDiffusionTrainer(_Trainer):
         kid_tokens=None,
         draw=None,
         draw_batch=64,
+        micro_batches=None,
     ):
-        super().__init__(name="latent_diffusion_trainer")
+        super().__init__("latent_diffusion_trainer", micro_batches)
         self.unet, self.text_encoder = networks.unet, networks.text_encoder
         self.process, self.ema, self.train_text_encoder = networks.process, ema, train_text_encoder
         self.ema_unet, self.ema_text_encoder = _copy(self.unet), _copy(self.text_encoder)
@@ -256,4 +298,7 @@ def reconstruct(vae, images, batch_size=32):
 
 @tf.function(reduce_retracing=True)
 def _there_and_back(vae, pixels):  # not within `reconstruct`, where every call would trace it anew
-    return to_images(vae.decode(vae.encode(pixels)[0]))
+    def rebuild(pixels):
+        return to_images(vae.decode(vae.encode(pixels)[0]))
+
+    return parallel.joined(rebuild, [pixels], pixels.shape[1:], "uint8")

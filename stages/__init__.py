@@ -45,11 +45,9 @@ def train(config: settings.Config) -> Path:
         Stopped: a signal came; everything is saved.
     """
     settings.check(config)
-    batch_sizes = {
-        "--vae-training.batch-size": config.vae_training.batch_size,
-        "--batch-size": config.training.batch_size,
-    }
-    strategy = strategy_on(config.gpus, batch_sizes)
+    flags = {"--vae-training.batch-size": config.vae_training, "--batch-size": config.training}
+    batches = {flag: (stage.batch_size, stage.micro_batches) for flag, stage in flags.items()}
+    strategy = strategy_on(config.gpus, batches)
     with RunFolder.open(config.run, settings.to_dict(config)) as run, Signals() as signals:
         try:
             with _stage("data"):

@@ -55,7 +55,14 @@ def _train_autoencoder(config, run, data, vae, strategy, signals):
     }
     with strategy.scope():
         perceptual = PerceptualDistance(stage.perceptual_depth) if stage.perceptual_weight else None
-        trainer = VAETrainer(vae, stage.recon_loss, stage.kl_weight, perceptual, stage.perceptual_weight)
+        trainer = VAETrainer(
+            vae,
+            stage.recon_loss,
+            stage.kl_weight,
+            perceptual,
+            stage.perceptual_weight,
+            stage.micro_batches,
+        )
         trainer.compile(optimizer_of(trainer, stage, steps_per_epoch))
 
     def finish_row(epoch, row):

@@ -1,16 +1,21 @@
 """The order of the work: the devices that a run trains on."""
 
+import contextlib
+import os
+
 import tensorflow as tf
 
+import parallel
 from errors import InputError
 
 
-def strategy_on(gpus: str, batch_sizes: dict[str, int]):
+def strategy_on(gpus: str, batches: dict[str, tuple[int, int | None]]):
     """The strategy that trains on the chosen devices: mirrored over several GPUs, plain on one or on the CPU.
 
     Args:
         gpus: "all", "none", or indices such as "0,2".
-        batch_sizes: pictures a step, by the flag that sets them; several devices must divide them.
+        batches: (pictures a step, its micro-batches) by the flag of the first; the devices and the micro-batches of
+            each must divide it.
 
     Raises:
         InputError: there is no such GPU, or the batch does not divide.
@@ -20,14 +25,27 @@ def strategy_on(gpus: str, batch_sizes: dict[str, int]):
     tf.config.set_visible_devices(chosen, "GPU")
     # Rewriting its graph delays the U-Net's first step by seconds, and on a CPU makes none faster.
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": not chosen})
+    if not chosen:  # the cores compute the parts of a batch side by side, see `parallel`
+        with contextlib.suppress(RuntimeError):  # another operation came before, and fixed the threads
+            tf.config.threading.set_inter_op_parallelism_threads(parallel.PARTS)
+            tf.config.threading.set_intra_op_parallelism_threads(max(1, _cores() // parallel.PARTS))
     for gpu in chosen:
         tf.config.experimental.set_memory_growth(gpu, True)
-    for flag, batch_size in batch_sizes.items():
+    for flag, (batch_size, micro_batches) in batches.items():
         if batch_size % max(1, len(chosen)):
             raise InputError(f"{flag}: received {batch_size}, expected a multiple of the {len(chosen)} GPUs")
+        if batch_size // max(1, len(chosen)) % (micro_batches or 1):
+            raise InputError(
+                f"{flag}: received {batch_size}, expected {micro_batches} equal micro-batches on each device"
+            )
     if len(chosen) > 1:
         return tf.distribute.MirroredStrategy([f"GPU:{index}" for index in range(len(chosen))])
     return tf.distribute.get_strategy()
+
+
+def _cores():
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _choose_gpus(gpus, found):

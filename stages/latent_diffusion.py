@@ -6,6 +6,7 @@ import tensorflow as tf
 
 import config as settings
 import input_pipeline as pipeline
+import parallel
 from callbacks import Keeper
 from checkpoint import RunFolder, assign, named_variables
 from diffusion.schedule import Process
@@ -20,9 +21,16 @@ from trainer import KID, LatentDiffusionTrainer
 def latents_of(config, run, data, vae):
     """The `input_pipeline.Latents` of all pictures, from the run's cache where it is of this autoencoder."""
 
+    latent_shape = vae.latent_shape(config.image_size)
+
     @tf.function
     def encode(pixels):
-        return vae.encode(pixels)
+        moments = parallel.joined(
+            lambda pixels: tf.concat(vae.encode(pixels), -1),
+            [pixels],
+            [*latent_shape[:2], 2 * latent_shape[2]],
+        )
+        return tf.split(moments, 2, -1)
 
     return pipeline.cached_latents(
         data.pictures,
@@ -99,6 +107,7 @@ def _trainer(config, data, vae, features, text):
         kid_tokens=data.validation_tokens[: judge.images],
         draw={"steps": judge.steps, "guidance": judge.guidance},
         draw_batch=judge.batch_size,
+        micro_batches=config.training.micro_batches,
     )
 
 

@@ -24,7 +24,7 @@ def three_gpus(monkeypatch):
     ("gpus", "chosen"), [("all", ["g0", "g1", "g2"]), ("0,2", ["g0", "g2"]), ("1", ["g1"]), ("none", [])]
 )
 def test_the_chosen_gpus_are_seen_and_grow(three_gpus, gpus, chosen):
-    strategy = strategy_on(gpus, {"--batch-size": 6})
+    strategy = strategy_on(gpus, {"--batch-size": (6, None)})
     assert three_gpus["GPU"] == three_gpus["growth"] == chosen
     if len(chosen) > 1:
         assert strategy == [f"GPU:{index}" for index in range(len(chosen))]
@@ -42,4 +42,22 @@ def test_gpus_that_are_not_there_are_refused(three_gpus, gpus):
 
 def test_a_batch_that_the_gpus_cannot_share_is_refused(three_gpus):
     with pytest.raises(InputError, match="--batch-size: received 8, expected a multiple of the 3 GPUs"):
-        strategy_on("all", {"--vae-training.batch-size": 6, "--batch-size": 8})
+        strategy_on("all", {"--vae-training.batch-size": (6, None), "--batch-size": (8, None)})
+
+
+@pytest.mark.parametrize(("gpus", "micro_batches"), [("0,1", 4), ("none", 5)])
+def test_a_batch_that_its_micro_batches_cannot_share_is_refused(three_gpus, gpus, micro_batches):
+    wanted = f"--batch-size: received 12, expected {micro_batches} equal micro-batches on each device"
+    with pytest.raises(InputError, match=wanted):
+        strategy_on(gpus, {"--batch-size": (12, micro_batches)})
+    strategy_on(gpus, {"--batch-size": (12, 3)})
+
+
+def test_a_cpu_gives_each_part_of_a_batch_its_share_of_the_cores(monkeypatch):
+    threads = {}
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(12)), raising=False)
+    for kind in ("inter", "intra"):
+        name = f"set_{kind}_op_parallelism_threads"
+        monkeypatch.setattr(tf.config.threading, name, lambda count, kind=kind: threads.update({kind: count}))
+    strategy_on("none", {})
+    assert threads == {"inter": 2, "intra": 6}

@@ -114,11 +114,12 @@ def two_epochs(trainer, training, validation):
     return Trained(trainer, [], watch, history, validation)
 
 
-def fit_diffusion(strategy, light_networks, optimizer=adamw):
+def fit_diffusion(strategy, light_networks, micro_batches, optimizer=adamw):
     """Two epochs of the diffusion trainer; the gradient is never clipped, so that its scale shows in the optimizer."""
     with strategy.scope():
         networks = light_networks(1)
         settings = {"kid": KID(Colours()), "kid_images": REAL, "kid_tokens": np.concatenate(captions())[:6]}
+        settings["micro_batches"] = micro_batches
         trainer = LatentDiffusionTrainer(
             networks, IMAGE_SIZE, EMA, draw={"steps": 2, "guidance": 2.0}, draw_batch=4, **settings
         )
@@ -151,11 +152,11 @@ class LightVAE(keras.Model):
     raw_moments = AutoencoderKL.raw_moments
 
 
-def fit_vae(strategy, _):
+def fit_vae(strategy, _, micro_batches):
     """Two epochs of the autoencoder's trainer; every gradient is clipped."""
     keras.utils.set_random_seed(2)
     with strategy.scope():
-        trainer = VAETrainer(LightVAE(), "mse", 1e-2, distance, 0.1)
+        trainer = VAETrainer(LightVAE(), "mse", 1e-2, distance, 0.1, micro_batches)
         optimizer = adamw(
             trainer.trained_variables, learning_rate=0.01, weight_decay=0.1, clip_norm=CLIP_NORM
         )
@@ -169,15 +170,16 @@ def fit_vae(strategy, _):
 
 @pytest.fixture(scope="module")
 def trained(two_replicas, light_networks):
-    """A function (kind, replicas) -> Trained; each is trained once."""
+    """A function (kind, replicas, micro_batches) -> Trained; each is trained once."""
     strategies, done = {1: tf.distribute.get_strategy(), 2: two_replicas}, {}
     by_muon = functools.partial(fit_diffusion, optimizer=muon)
     fits = {"diffusion": fit_diffusion, "diffusion by muon": by_muon, "vae": fit_vae}
 
-    def get(kind, replicas=1):
-        if (kind, replicas) not in done:
-            done[kind, replicas] = fits[kind](strategies[replicas], light_networks)
-        return done[kind, replicas]
+    def get(kind, replicas=1, micro_batches=1):
+        key = kind, replicas, micro_batches
+        if key not in done:
+            done[key] = fits[kind](strategies[replicas], light_networks, micro_batches)
+        return done[key]
 
     return get
 
@@ -186,9 +188,8 @@ each_kind = pytest.mark.parametrize("kind", ["diffusion", "diffusion by muon", "
 each_number = pytest.mark.parametrize("replicas", [1, 2])
 
 
-@each_kind
-def test_two_replicas_do_what_one_does(trained, kind):
-    one, two = trained(kind, 1), trained(kind, 2)
+def assert_same_training(one, two):
+    """Weights, moments and logs of two trainings agree up to rounding."""
     for name, network in one.trainer.networks.items():
         assert largest_difference(arrays(network.weights), arrays(two.trainer.networks[name].weights)) < 1e-5
     # The optimizers' steps hide the gradient's scale; their moments show it.
@@ -197,6 +198,17 @@ def test_two_replicas_do_what_one_does(trained, kind):
     assert one.history.keys() == two.history.keys()
     for name, values in one.history.items():
         assert two.history[name] == pytest.approx(values, rel=1e-4), name
+
+
+@each_kind
+def test_two_replicas_do_what_one_does(trained, kind):
+    assert_same_training(trained(kind, 1), trained(kind, 2))
+
+
+@each_kind
+@pytest.mark.parametrize(("replicas", "micro_batches"), [(1, None), (1, 4), (2, 2)])
+def test_micro_batches_do_what_the_whole_batch_does(trained, kind, replicas, micro_batches):
+    assert_same_training(trained(kind), trained(kind, replicas, micro_batches))
 
 
 def test_muon_has_matrices_and_others_to_move(trained):
