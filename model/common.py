@@ -8,6 +8,7 @@ weights know.
 import math
 
 import keras
+import numpy as np
 from keras import ops
 
 MASKED_SCORE = -1e9
@@ -52,8 +53,11 @@ class GroupNorm(keras.layers.Layer):
     def _over_group(self, statistic, channels):
         """(B, C) of channels -> (B, 1, 1, C) where every channel holds its group's mean."""
         width = channels // self.groups
-        grouped = ops.mean(ops.reshape(statistic, (-1, self.groups, width)), axis=-1)  # (B, G)
-        return ops.reshape(ops.repeat(grouped, width, axis=-1), (-1, 1, 1, channels))
+        grouped = ops.mean(
+            ops.reshape(statistic, (-1, self.groups, width)), axis=-1, keepdims=True
+        )  # (B, G, 1)
+        # By a product with ones, because `ops.repeat` takes ten operations, and as long to trace.
+        return ops.reshape(grouped * np.ones(width, "float32"), (-1, 1, 1, channels))
 
     def compute_output_shape(self, input_shape):
         return input_shape
