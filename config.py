@@ -5,6 +5,7 @@ The fields of a part are that part's constructor keywords; nobody receives the w
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -97,9 +98,8 @@ class TrainingConfig:
     warmup_steps: int = 100  # linear warm-up, then cosine decay to a hundredth
     weight_decay: float = 1e-2  # of kernels; never of biases and norms
     clip_norm: float = 1.0  # largest global norm of the gradient
-    times: str = (
-        "logit_normal"  # distribution of the diffusion times: uniform or logit_normal (more in the middle)
-    )
+    # distribution of the diffusion times: uniform, or logit_normal (more in the middle)
+    times: str = "logit_normal"
     latent_crops: int = 1  # crops of each picture in the cache of latents, when augmentation crops
     ema: float = 0.998  # decay of the averaged network, after its warm-up
     caption_dropout: float = 0.1  # share of captions left out, for guidance
@@ -125,18 +125,16 @@ class EvaluationConfig:
 class Config:
     """Everything that defines a run."""
 
-    preset: str = "paper-flowers"  # where the defaults come from
+    preset: str = "paper-flowers"  # where the defaults come from: paper-flowers or cup3
     data: str = "dataset/paper_flowers"  # folder of captioned pictures
     run: str = "runs/paper-flowers"  # folder of the run
     seed: int = 0  # of every random draw
     image_size: int = 64  # side of the pictures in pixels
     gpus: str = "all"  # GPUs to train on: all, none, or indices such as 0,2
-    train_vae: bool | None = (
-        None  # train the autoencoder first; by default only where the run has no trained one
-    )
-    vae_from: str | None = (
-        None  # another run's folder, whose trained autoencoder is taken (and fine-tuned with train_vae)
-    )
+    # train the autoencoder, also one that --vae-from takes; None: only where there is none to take
+    train_vae: bool | None = None
+    # another run's folder, whose trained autoencoder is taken as it is, or trained further with --train-vae
+    vae_from: str | None = None
     text_from: str | None = None  # another run's folder, whose text encoder is taken and stays as it is
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
@@ -196,11 +194,12 @@ class Preset:
     summary: str
     config: Config | None = None
     lacks: str | None = None
+    is_large: bool = False  # whether `light` makes it smaller
 
 
 PRESETS = {
     "paper-flowers": Preset("drawn flowers, 64 px, offline, minutes on two cores", Config()),
-    "cup3": Preset("Deep Learning Cup 3: Oxford-102 flowers, 128 px, the Cup's U-Net", CUP3),
+    "cup3": Preset("Deep Learning Cup 3: Oxford-102 flowers, 128 px, the Cup's U-Net", CUP3, is_large=True),
     "coco": Preset("COCO 2014 captions", lacks="CLIP, the linear schedule and 16-bit floats"),
     "flickr8k": Preset("Flickr8k with a fine-tuned CLIP", lacks="contrastive training of CLIP"),
     "afhq": Preset("cats at 512 px, unconditional", lacks="the adversarial loss and unconditional training"),
@@ -326,6 +325,8 @@ def check(config: Config) -> None:
         if value not in known:
             raise InputError(f"--{name}: received {value!r}, expected one of {', '.join(map(str, known))}")
     _check_rates(config.diffusion)
+    if not re.fullmatch(r"all|none|\d+(,\d+)*", config.gpus):
+        raise InputError(f"--gpus: received {config.gpus!r}, expected all, none, or indices such as 0,2")
     if config.train_vae is False and config.vae_from is None:
         raise InputError("--no-train-vae: expected --vae-from, the run to take a trained autoencoder from")
 
