@@ -84,6 +84,25 @@ class RunFolder:
             raise
         return run
 
+    @staticmethod
+    def check(path, config: dict) -> None:
+        """Refuses what `open` would refuse, but makes and changes nothing: for the time before any work.
+
+        Args:
+            path, config: see `open`.
+
+        Raises:
+            InputError: see `open`.
+        """
+        path = Path(path)
+        with _disk_errors(path):
+            _refuse_foreign(path)
+            if (path / ".lock").exists():
+                with open(path / ".lock", "a+") as lock:
+                    _hold(lock, path)
+        if (path / "config.json").exists():
+            _refuse_other_config(path / "config.json", _plain(config))
+
     @classmethod
     def read(cls, path) -> "RunFolder":
         """Opens a run folder only to read it: without a lock, so also while it trains.
@@ -93,7 +112,10 @@ class RunFolder:
         """
         config_file = Path(path) / "config.json"
         if not config_file.is_file():
-            raise InputError(f"{path}: received a folder without config.json, expected the folder of a run")
+            raise InputError(
+                f"{path}: received a folder without config.json, expected the folder of a run, which "
+                "`python cup3.py --run FOLDER` makes"
+            )
         return cls(Path(path), _read_json(config_file))
 
     def close(self) -> None:
@@ -268,7 +290,7 @@ class RunFolder:
         """Compares the config with the folder's, or writes it into a new one, and mends the log."""
         config_file = self.path / "config.json"
         if config_file.exists():
-            _refuse_differences(config_file, "config", self.config, _read_json(config_file))
+            _refuse_other_config(config_file, self.config)
         else:
             self.write_json("config.json", self.config)
             self._is_new = True
@@ -357,7 +379,9 @@ def _named(variables, prefix: str) -> dict:
 # Differences between what was received and what was expected.
 
 
-def _refuse_differences(place, what: str, received: dict, expected: dict, at_most: int | None = None) -> None:
+def _refuse_differences(
+    place, what: str, received: dict, expected: dict, at_most: int | None = None, way_out: str = ""
+) -> None:
     """Raises an InputError that lists the keys whose values differ or that only one side has."""
     received, expected = _flat(received), _flat(expected)
     differences = [
@@ -367,7 +391,13 @@ def _refuse_differences(place, what: str, received: dict, expected: dict, at_mos
     ]
     if differences:
         more = f"; and {len(differences) - at_most} more" if at_most and len(differences) > at_most else ""
-        raise InputError(f"{place}: another {what}: {'; '.join(differences[:at_most])}{more}")
+        way_out = way_out and f"; {way_out}"
+        raise InputError(f"{place}: another {what}: {'; '.join(differences[:at_most])}{more}{way_out}")
+
+
+def _refuse_other_config(config_file: Path, config: dict) -> None:
+    way_out = "give --run another folder, or the settings of this one"
+    _refuse_differences(config_file, "config", config, _read_json(config_file), way_out=way_out)
 
 
 def _flat(value, name: str = "") -> dict:
@@ -539,7 +569,7 @@ def _refuse_foreign(path: Path) -> None:
     if strange:
         raise InputError(
             f"{path}: received a folder that holds {min(strange)} and no config.json, "
-            "expected the folder of a run or an empty one"
+            "expected the folder of a run or an empty one; give --run another folder"
         )
 
 
@@ -547,15 +577,22 @@ def _lock(path: Path):
     """Takes the folder's lock, which the system frees when this process ends, however it ends."""
     lock = open(path / ".lock", "a+")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        pid = lock.read()
+        _hold(lock, path)
+    except BaseException:
         lock.close()
-        raise InputError(
-            f"{path}: process {pid} works on this run; wait for it, stop it, or choose another folder"
-        ) from None
+        raise
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
     return lock
+
+
+def _hold(lock, path: Path) -> None:
+    """Locks an open lock file until it is closed."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise InputError(
+            f"{path}: process {lock.read()} works on this run; wait for it, stop it, or give --run another folder"
+        ) from None

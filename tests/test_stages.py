@@ -671,6 +671,7 @@ def test_another_config_is_refused_with_its_keys(finished, flowers, capsys):
     line = refusal(capsys, words(flowers, folder, seed=1, **{"unet.groups": 2}))
     assert line == (
         f"{folder / 'config.json'}: another config: seed received 1, expected 0; unet.groups received 2, expected 4"
+        "; give --run another folder, or the settings of this one"
     )
     assert {path: path.read_bytes() for path in before} == before
 
