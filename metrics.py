@@ -8,6 +8,8 @@ import numpy as np
 
 from errors import InputError
 
+FEWEST_FOR_KID = 3  # pictures on either side: its interval needs them
+FEWEST_FOR_FLOOR = 2 * FEWEST_FOR_KID  # real pictures, of which the floor compares two halves
 _NORMAL_97_5 = 1.959964  # quantile of the standard normal: a two-sided 95 % interval
 
 
@@ -117,8 +119,10 @@ def kid_floor(real, *, n=None, seed=0, block=1024):
 
 def _checked_features(features):
     features = np.asarray(features, "float64")
-    if features.ndim != 2 or len(features) < 3:
-        raise ValueError(f"features: received shape {features.shape}, expected (at least 3, D)")
+    if features.ndim != 2 or len(features) < FEWEST_FOR_KID:
+        raise ValueError(
+            f"features: received shape {features.shape}, expected (at least {FEWEST_FOR_KID}, D)"
+        )
     return features
 
 
@@ -206,16 +210,19 @@ class KID(keras.metrics.Metric):
     def estimate(self):
         """Returns the Estimate with its interval; NaN while fewer than 3 pictures are gathered."""
         real, generated = self._gathered_real(), self._gathered_generated()
-        if min(len(real), len(generated)) < 3:
+        if min(len(real), len(generated)) < FEWEST_FOR_KID:
             return _UNKNOWN
         return kid(real, generated)
 
     def floor(self, seed=0):
-        """Returns the real-against-real Estimate with as many pictures a side as were generated, if there are."""
+        """Returns the real-against-real Estimate with as many pictures a side as were generated, if there are.
+
+        It is NaN where there are fewer than `FEWEST_FOR_FLOOR` real pictures.
+        """
         real, n = self._gathered_real(), len(self._gathered_generated())
-        if len(real) < 6:
+        if len(real) < FEWEST_FOR_FLOOR:
             return _UNKNOWN
-        return kid_floor(real, n=max(n, 3), seed=seed)
+        return kid_floor(real, n=max(n, FEWEST_FOR_KID), seed=seed)
 
     def reset_state(self):
         """Forgets what was gathered; what `set_real` was given stays."""
