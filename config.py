@@ -146,6 +146,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
+LARGEST_VALIDATION_FRACTION = 0.5
 LARGEST_SEED = 2**32 - 1  # that NumPy's generator takes
 START_ONLY = ("run", "gpus")  # what may differ from one start of a run to the next
 
@@ -367,7 +368,7 @@ def _least_values(config):
 def _fractions(config):
     yield "training.ema", config.training.ema, 1
     yield "training.caption-dropout", config.training.caption_dropout, 1
-    yield "training.validation-fraction", config.training.validation_fraction, 0.5
+    yield "training.validation-fraction", config.training.validation_fraction, LARGEST_VALIDATION_FRACTION
     yield "augmentation.brightness", config.augmentation.brightness, 1
     yield "augmentation.contrast", config.augmentation.contrast, 1
 

@@ -21,13 +21,12 @@ from diffusion.schedule import Process
 from errors import InputError
 from evaluate import follows_captions, plot_curves
 from generate import Networks, captioned_grid, make_diffusion, make_vae
-from metrics import Protocol, psnr
+from metrics import FEWEST_FOR_KID, Protocol, psnr
 from model.perceptual import FeatureNetwork, PerceptualDistance
 from optimizers import OPTIMIZERS, warmup_cosine
 from trainer import KID, LatentDiffusionTrainer, VAETrainer, reconstruct
 
 LATENT_STATISTICS_FROM = 2048  # pictures from which the latents' mean and deviation are measured
-FEWEST_FOR_KID = 3  # pictures on either side
 SHOWN_RECONSTRUCTIONS = 8
 PROBED_CAPTIONS = 256
 PROBED_ATTRIBUTES = ("petal_color", "center_color", "petals")
@@ -71,6 +70,7 @@ def train(config: settings.Config) -> Path:
         "--batch-size": config.training.batch_size,
     }
     strategy, clock = devices(config.gpus, batch_sizes), Clock()
+    print(f"\ntraining on {_devices_in_words()}", flush=True)
     with RunFolder.open(config.run, settings.to_dict(config)) as run, Signals() as signals:
         try:
             with clock.stage("data"):
@@ -134,9 +134,15 @@ def _choose_gpus(gpus, found):
             raise ValueError
         return [found[index] for index in indices]
     except (ValueError, IndexError):
+        example = "such as 0" if found else "but TensorFlow finds no GPU here"
         raise InputError(
-            f"--gpus: received {gpus!r}, expected all, none, or indices below {len(found)}, such as 0"
+            f"--gpus: received {gpus!r}, expected all, none, or indices below {len(found)}, {example}"
         ) from None
+
+
+def _devices_in_words():
+    gpus = [gpu.name.removeprefix("/physical_device:") for gpu in tf.config.get_visible_devices("GPU")]
+    return ", ".join(gpus) or "the CPU: no GPU is chosen, or TensorFlow finds none"
 
 
 class _Data:
@@ -173,8 +179,13 @@ def _data(config, run):
     data = _Data(config, captioned, pictures, folder.name)
     print(
         f"   {len(pictures)} pictures of {pictures.shape[1]} px, {len(data.validation_ids)} of them for validation; "
-        f"{data.vocabulary.size} words"
+        f"{data.vocabulary.size} words\n   from {folder}"
     )
+    if config.data == settings.Config.data and len(pictures) != paper_flowers.TRAIN:
+        print(
+            f"   note: the settings are sized for {paper_flowers.TRAIN} pictures here; "
+            f"to have them drawn, move {folder} away and give another --run"
+        )
     return data
 
 
@@ -184,8 +195,17 @@ def _check_validation(config, n):
     if held_out < FEWEST_FOR_KID:
         raise InputError(
             f"{config.data}: received {n} pictures, of which --training.validation-fraction {fraction} holds out "
-            f"{held_out}; expected at least {FEWEST_FOR_KID} for KID"
+            f"{held_out}; expected at least {FEWEST_FOR_KID} for KID: {_more_held_out(n, config.seed)}"
         )
+
+
+def _more_held_out(n, seed):
+    """How `n` pictures can do, if they can."""
+    most = settings.LARGEST_VALIDATION_FRACTION
+    for hundredths in range(1, round(100 * most) + 1):
+        if len(pipeline.split(n, hundredths / 100, seed)[1]) >= FEWEST_FOR_KID:
+            return f"give --training.validation-fraction {hundredths / 100}, or more pictures"
+    return "give more pictures"
 
 
 def _keep_vocabulary(config, run, vocabulary):
@@ -194,7 +214,9 @@ def _keep_vocabulary(config, run, vocabulary):
     if not path.exists():
         vocabulary.save(path)
     elif pipeline.Vocabulary.load(path).words != vocabulary.words:
-        raise InputError(f"{config.data}: its words are no longer those of {path}; expected unchanged data")
+        raise InputError(
+            f"{config.data}: its words are no longer those of {path}; expected unchanged data, or another --run"
+        )
 
 
 def _whole(pictures, ids, image_size):
@@ -499,4 +521,5 @@ def _report_probe(run, right):
     run.truncate_log("probe", -1)
     run.log({"stage": "probe", "step": 0, **right})
     shares = ", ".join(f"{name.replace('_', ' ')} {right[name]:.1%}" for name in PROBED_ATTRIBUTES)
-    print(f"   of {right['n']} test captions the pictures follow: {shares}")
+    captions = f"{right['n']} test caption{'s' * (right['n'] != 1)}"
+    print(f"   of {captions} the pictures follow: {shares}")

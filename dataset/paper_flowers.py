@@ -53,10 +53,11 @@ __all__ = [
     "write",
 ]
 
+TRAIN, TEST = 4096, 512  # pictures of the default run
 SMALLEST_SIZE, LARGEST_SIZE = 32, 512
 
 
-def write(folder, *, train=4096, test=512, size=64, seed=0, progress=True):
+def write(folder, *, train=TRAIN, test=TEST, size=64, seed=0, progress=True):
     """Draws a data set in the Cup3 layout; the same arguments give the same bytes in every file.
 
     The folder then holds
@@ -115,7 +116,8 @@ def _appearing_at_the_end(folder):
     """Gives a folder beside the wanted one, which takes its name when all went well and vanishes otherwise."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(
-            f"{folder}: expected a new or empty folder for paper flowers, but something is there already"
+            f"{folder}: expected a new or empty folder for paper flowers, but something is there already; "
+            "give --out another folder, or remove this one"
         )
     parent = folder.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)

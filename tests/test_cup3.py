@@ -216,7 +216,10 @@ def test_data_draws_the_flowers(tmp_path, capsys):
         (["generate", "--prompts", "absent.txt"], "--prompts: received absent.txt, expected a text file"),
         (["data", "--size", "16"], "paper flowers: size must be 32 to 512. Received: 16"),
         (["data", "--train", "0"], "paper flowers: train must be a whole number of at least 1"),
-        (["data", "--out", "."], ".: expected a new or empty folder"),
+        (
+            ["data", "--out", "."],
+            ".: expected a new or empty folder for paper flowers, but something is there already; give --out",
+        ),
     ],
 )
 def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, line, refusal):

@@ -414,12 +414,16 @@ def test_the_grids_and_curves_are_pictures(finished):
         assert curves.width > 3 * 400  # two stages and KID
 
 
-def test_the_run_says_what_it_does_and_where_things_are(finished):
+def test_the_run_says_what_it_does_and_where_things_are(finished, flowers):
     folder, printed = finished
     for stage in ("data", "autoencoder", "latents", "diffusion", "pictures"):
         assert f"\n== {stage}\n" in printed
         assert re.search(rf"^   {stage}: \d+\.\d s$", printed, re.MULTILINE)
     assert "48 pictures of 32 px, 6 of them for validation" in printed
+    assert re.search(rf"^   from {flowers}$", printed, re.MULTILINE)
+    assert "note: " not in printed  # that is for the built-in data
+    assert re.search(r"^training on (GPU:|the CPU: )", printed, re.MULTILINE)
+    assert re.search(r"^   of 8 test captions the pictures follow: petal color", printed, re.MULTILINE)
     best = RunFolder.read(folder).best_state("diffusion")
     assert f"of epoch {best['epoch']}, KID {best['value']:.4f}" in printed
     assert f'python cup3.py generate --run {folder} --prompt "' in printed
@@ -703,13 +707,32 @@ def test_a_run_folder_that_cannot_be_written_is_refused(flowers, tmp_path, monke
         ({"batch_size": -8}, "--batch-size: received -8, expected a finite number, at least 1"),
         ({"gpus": "7"}, "--gpus: received '7', expected all, none, or indices below"),
         ({"data": "absent"}, "absent: is no folder"),
-        ({"training.validation_fraction": 0.04}, "holds out 2; expected at least 3 for KID"),
+        (
+            {"training.validation_fraction": 0.04},
+            "holds out 2; expected at least 3 for KID: give --training.validation-fraction 0.06, or more pictures",
+        ),
         ({"evaluation.weights": "absent.pth"}, "absent.pth"),
     ],
 )
 def test_settings_that_cannot_work_leave_no_run_folder(flowers, tmp_path, capsys, changes, line):
     assert line in refusal(capsys, words(flowers, tmp_path / "run", **changes))
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("preset", "least"), [("paper-flowers", 21), ("cup3", 26)])
+def test_the_fewest_pictures_that_the_readme_names(preset, least):
+    chosen = cup3.parse(["--preset", preset])[1]
+    stages._check_validation(chosen, least)
+    with pytest.raises(
+        InputError, match=rf"received {least - 1} pictures.* --training\.validation-fraction 0\.1"
+    ):
+        stages._check_validation(chosen, least - 1)
+    half = cup3.parse(["--training.validation-fraction", "0.5"])[1]
+    stages._check_validation(half, 6)
+    with pytest.raises(InputError, match="received 5 pictures.* for KID: give more pictures$"):
+        stages._check_validation(half, 5)
+    readme = (ROOT / "README.md").read_text()
+    assert f"{least}" in re.search(r"at least 21 pictures.*?\.", readme, re.DOTALL)[0]
 
 
 def test_a_damaged_picture_is_refused_and_named(photographs, tmp_path, capsys):
@@ -725,11 +748,13 @@ def test_data_whose_words_changed_is_refused(photographs, tmp_path):
     run.close()
     table = photographs / "metadata.csv"
     table.write_text(table.read_text().replace("again", "anew"))
-    with pytest.raises(InputError, match=r"its words are no longer those of .*vocabulary\.json"):
+    with pytest.raises(
+        InputError, match=r"its words are no longer those of .*vocabulary\.json.* another --run"
+    ):
         prepared(photographs, tmp_path / "run", **changes)
 
 
-def test_the_built_in_data_is_drawn_where_it_is_missing(tmp_path, monkeypatch):
+def test_the_built_in_data_is_drawn_where_it_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     drawn = []
 
@@ -745,6 +770,9 @@ def test_the_built_in_data_is_drawn_where_it_is_missing(tmp_path, monkeypatch):
         with RunFolder.open("run", stages.settings.to_dict(chosen)) as run:
             data = stages._data(chosen, run)
         assert drawn == [("dataset/paper_flowers", 32)], start
+    printed = capsys.readouterr().out
+    assert "   24 pictures of 32 px, 3 of them for validation" in printed
+    assert "   from dataset/paper_flowers\n   note: the settings are sized for 4096 pictures here" in printed
     assert data.has_probe
     assert sorted([*data.train_ids, *data.validation_ids]) == list(range(24))
     assert data.shown_tokens.shape == (1, 20)  # the test caption
@@ -784,6 +812,12 @@ def test_gpus_that_are_not_there_are_refused(three_gpus, gpus):
         InputError, match=f"--gpus: received '{gpus}', expected all, none, or indices below 3"
     ):
         stages.devices(gpus, {})
+
+
+def test_where_there_is_no_gpu_the_refusal_says_so(monkeypatch):
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
+    with pytest.raises(InputError, match="received '0', expected all, .* but TensorFlow finds no GPU here$"):
+        stages.devices("0", {})
 
 
 def test_a_batch_that_the_gpus_cannot_share_is_refused(three_gpus):
