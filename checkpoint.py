@@ -198,9 +198,8 @@ class RunFolder:
             except InputError as damage:
                 print(f"warning: {damage}; trying the checkpoint before it", file=sys.stderr)
         if steps:
-            raise InputError(
-                f"{folder}: all {len(steps)} checkpoints are damaged; remove it to start the stage again"
-            )
+            damaged = "the only checkpoint is" if len(steps) == 1 else f"all {len(steps)} checkpoints are"
+            raise InputError(f"{folder}: {damaged} damaged; remove it to start the stage again")
         return None
 
     # The best: chosen by the monitored metric.

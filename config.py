@@ -397,14 +397,14 @@ def _check_widths(config):
     if len(vae.blocks) != len(vae.level_channels) or min(vae.blocks) < 0:
         raise InputError(
             f"--vae.blocks: received {' '.join(map(str, vae.blocks))}, expected a number of at least 0 for each "
-            f"of the {len(vae.level_channels)} levels"
+            f"of the {_levels(vae)}"
         )
     if vae.latent_scale is not None and not 0 < vae.latent_scale < math.inf:
         raise InputError(f"--vae.latent-scale: received {vae.latent_scale}, expected a positive number")
     if len(unet.attention_levels) != len(unet.level_channels):
         raise InputError(
             f"--unet.attention-levels: received {len(unet.attention_levels)}, expected one for each of the "
-            f"{len(unet.level_channels)} levels"
+            f"{_levels(unet)}"
         )
     for channels in unet.level_channels:
         if channels % unet.head_channels:
@@ -423,6 +423,11 @@ def _check_widths(config):
         )
     if config.augmentation.resize_max > 4:
         raise InputError(f"--augmentation.resize-max: received {resize.resize_max}, expected at most 4")
+
+
+def _levels(network):
+    n = len(network.level_channels)
+    return f"{n} level{'s' * (n != 1)}"
 
 
 def _check_rates(diffusion):

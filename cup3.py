@@ -301,13 +301,18 @@ def _without_notes():
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2" if os.path.exists("/proc/driver/nvidia") else "3"
     standard_error = os.dup(2)
     command = [sys.executable, "-c", SIEVE, NOTES]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as sieve:
-        os.dup2(sieve.stdin.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(standard_error, 2)
-            os.close(standard_error)
+    sieve = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    os.dup2(sieve.stdin.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(standard_error, 2)
+        os.close(standard_error)
+        sieve.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process that the import left holds it open
+            sieve.wait(1)
 
 
 def _plain_warning(message, category, filename, lineno, line=None):

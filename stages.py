@@ -194,8 +194,9 @@ def _check_validation(config, n):
     held_out = len(pipeline.split(n, fraction, config.seed)[1])
     if held_out < FEWEST_FOR_KID:
         raise InputError(
-            f"{config.data}: received {n} pictures, of which --training.validation-fraction {fraction} holds out "
-            f"{held_out}; expected at least {FEWEST_FOR_KID} for KID: {_more_held_out(n, config.seed)}"
+            f"{config.data}: received {n} picture{'s' * (n != 1)}, of which "
+            f"--training.validation-fraction {fraction} holds out {held_out}; "
+            f"expected at least {FEWEST_FOR_KID} for KID: {_more_held_out(n, config.seed)}"
         )
 
 

@@ -379,11 +379,12 @@ def test_a_reader_that_leaves_ends_it_quietly():
     assert process.wait() == 128 + signal.SIGPIPE
 
 
-def run_script(script, **environment):
+def run_script(script, error=subprocess.PIPE, **environment):
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import cup3, os, warnings\n{script}"
     kept = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
     environment = {**kept, **environment}
-    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    streams = {"stdout": subprocess.PIPE, "stderr": error, "text": True}
+    return subprocess.run([sys.executable, "-c", script], env=environment, **streams)
 
 
 def test_tensorflow_is_imported_without_a_word():
@@ -401,16 +402,20 @@ def test_only_notes_are_kept_from_the_user_and_only_unasked():
     asked = run_script(script.format("getpid()"), TF_CPP_MIN_LOG_LEVEL="1")
     assert "oneDNN" in asked.stderr
     with tempfile.TemporaryFile("w+") as error:  # whoever dies leaves the sieve to finish its work
-        command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import cup3, os\n"]
-        command[2] += script.format("abort()")
-        kept = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
-        process = subprocess.run(command, env=kept, stderr=error)
-        assert process.returncode == -signal.SIGABRT
+        assert run_script(script.format("abort()"), error).returncode == -signal.SIGABRT
         until = time.monotonic() + 20
         while not error.seek(0, os.SEEK_END) and time.monotonic() < until:
             time.sleep(0.05)
         error.seek(0)
         assert error.read() == "last words\n"
+
+
+def test_a_process_that_an_import_leaves_behind_holds_nothing_up():
+    script = "import subprocess\nwith cup3._without_notes():\n subprocess.Popen(['sleep', '20'], stdout=-3)\n"
+    started = time.monotonic()
+    process = run_script(script + "os.write(1, b'on\\n')", error=subprocess.DEVNULL)
+    assert (process.returncode, process.stdout) == (0, "on\n")
+    assert time.monotonic() - started < 15
 
 
 def test_a_warning_is_a_line_for_users():

@@ -731,6 +731,8 @@ def test_the_fewest_pictures_that_the_readme_names(preset, least):
     stages._check_validation(half, 6)
     with pytest.raises(InputError, match="received 5 pictures.* for KID: give more pictures$"):
         stages._check_validation(half, 5)
+    with pytest.raises(InputError, match="received 1 picture, of which .* holds out 0; expected at least 3"):
+        stages._check_validation(half, 1)
     readme = (ROOT / "README.md").read_text()
     assert f"{least}" in re.search(r"at least 21 pictures.*?\.", readme, re.DOTALL)[0]
 
