@@ -89,7 +89,7 @@ def _train(config, run, data, strategy, signals, clock):
     judge = config.evaluation
     # First of all, so that what cannot be had is refused before anything is trained.
     features = FeatureNetwork(judge.network, judge.size, judge.weights)
-    text = _text_encoder_from(config.text_from, data.vocabulary) if config.text_from else None
+    text = _text_encoder_from(config, data.vocabulary) if config.text_from else None
     with clock.stage("autoencoder"):
         vae = _autoencoder(config, run, data, strategy, signals)
     with clock.stage("latents"):
@@ -248,7 +248,10 @@ def _assign_vae(vae, run, flag):
     saved = run.finished("vae")
     if saved is None:
         raise InputError(f"{flag}: received {run.path}, expected a run with a trained autoencoder")
-    assign(named_variables(vae), saved.tensors, "vae", source=run.path)
+    try:
+        assign(named_variables(vae), saved.tensors, "vae", source=run.path)
+    except InputError as refusal:
+        raise InputError(f"{refusal}; give the --vae.* settings of {run.path / 'config.json'}") from None
 
 
 def _train_autoencoder(config, run, data, vae, strategy, signals):
@@ -399,14 +402,23 @@ def _diffusion(config, run, data, vae, latents, features, text, strategy, signal
     return trainer
 
 
-def _text_encoder_from(path, vocabulary):
+def _text_encoder_from(config, vocabulary):
     """The tensors of another run of the same words, among them its averaged text encoder."""
-    run = RunFolder.read(path)
+    path, run = config.text_from, RunFolder.read(config.text_from)
     saved = run.best("diffusion") or run.latest("diffusion")
     if saved is None:
         raise InputError(f"--text-from: received {path}, expected a run with a trained text encoder")
     if pipeline.Vocabulary.load(run.vocabulary_path).words != vocabulary.words:
-        raise InputError(f"--text-from: received {path}, whose words are not those of the data")
+        raise InputError(
+            f"--text-from: received {path}, whose words are not those of the data; expected a run of the same data"
+        )
+    for name, expected in settings.part(config.text_encoder).items():
+        received = run.config["text_encoder"].get(name)
+        if received != expected:
+            flag = f"--text-encoder.{name.replace('_', '-')}"
+            raise InputError(
+                f"--text-from: received {path}, whose {flag} is {received}, expected {expected}; give {flag} {received}"
+            )
     return saved.tensors
 
 
