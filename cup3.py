@@ -255,7 +255,13 @@ def _check_request(options):
 def _data(options):
     from dataset import paper_flowers
 
-    out = options.out or flowers_folder(options)
+    own_folder = flowers_folder(options)
+    out = options.out or own_folder
+    if Path(out) == Path(FLOWERS) and own_folder != FLOWERS:
+        raise InputError(
+            f"--out: received {out}, where runs look for flowers of the default numbers and refuse others; "
+            f"give another folder, or no --out for {own_folder}"
+        )
     print(
         f"drawing {options.train} + {options.test} paper flowers of {options.size} px into {out}", flush=True
     )
@@ -276,8 +282,11 @@ def _sized(options):
 
 def flowers_folder(options):
     """Where flowers go that no folder was named for: the default run's folder is for the default's flowers only."""
-    numbers = {item.name: (getattr(options, item.name), item.default) for item in dataclasses.fields(options)}
-    parts = [f"-{name}{value}" for name, (value, default) in numbers.items() if value != default]
+    parts = [
+        f"-{name}{getattr(options, name)}"
+        for name in ("train", "test", "size", "seed")
+        if getattr(options, name) != getattr(Data, name)
+    ]
     return FLOWERS + "".join(parts)
 
 

@@ -220,6 +220,10 @@ def test_data_draws_the_flowers(tmp_path, capsys):
             ["data", "--out", "."],
             ".: expected a new or empty folder for paper flowers, but something is there already; give --out",
         ),
+        (
+            ["data", "--train", "40", "--out", "dataset/paper_flowers"],
+            "--out: received dataset/paper_flowers, where runs look for flowers of the default numbers and refuse o",
+        ),
     ],
 )
 def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, line, refusal):
