@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import faulthandler
 import json
 import os
+import re
 import signal
-import subprocess
 import sys
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -292,36 +294,51 @@ def flowers_folder(options):
 
 # Python and TensorFlow speak to programmers; these make them speak to users.
 
-NOTES = r"I\d{4} |WARNING: All log messages before absl|To enable the following instructions"
-SIEVE = "import re, sys\nfor line in sys.stdin: re.match(sys.argv[1], line) or print(line, end='', file=sys.stderr)"
+NOTES = re.compile(rb"I\d{4} |WARNING: All log messages before absl|To enable the following instructions")
 
 
 @contextlib.contextmanager
 def _without_notes():
-    """Keeps TensorFlow's notes of its import (oneDNN, CPU features) off standard error, unless asked for.
+    """Keeps TensorFlow's notes of its import (oneDNN, CPU features) off standard error.
 
-    Set TF_CPP_MIN_LOG_LEVEL to see them. They are sieved by a process of its own, so that the last words of an
-    import that kills this one come through.
+    All else that is said meanwhile comes at the end; where the import fails, the notes too. Set
+    TF_CPP_MIN_LOG_LEVEL=0 to have everything at once.
     """
-    if "TF_CPP_MIN_LOG_LEVEL" in os.environ or "tensorflow" in sys.modules:
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0" or "tensorflow" in sys.modules:
         yield
         return
     # Its errors are mostly that there is no GPU, which is news only where there is a driver.
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2" if os.path.exists("/proc/driver/nvidia") else "3"
-    standard_error = os.dup(2)
-    command = [sys.executable, "-c", SIEVE, NOTES]
-    sieve = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
-    )
-    os.dup2(sieve.stdin.fileno(), 2)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2" if os.path.exists("/proc/driver/nvidia") else "3")
+    failed = False
+    with tempfile.TemporaryFile() as said:
+        try:
+            with _standard_error_into(said):
+                yield
+        except Exception:
+            failed = True
+            raise
+        finally:
+            said.seek(0)
+            with open(2, "wb", closefd=False) as error:
+                error.writelines(line for line in said if failed or not NOTES.match(line))
+
+
+@contextlib.contextmanager
+def _standard_error_into(file):
+    """Standard error of the whole process, C++ included, goes into a file; only a crash still says where it was."""
+    sys.stderr.flush()
+    standard_error, crashes_were_told = os.dup(2), faulthandler.is_enabled()
+    faulthandler.enable(standard_error)
+    os.dup2(file.fileno(), 2)
     try:
         yield
     finally:
+        sys.stderr.flush()
         os.dup2(standard_error, 2)
+        faulthandler.disable()
+        if crashes_were_told:
+            faulthandler.enable(sys.__stderr__)
         os.close(standard_error)
-        sieve.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a process that the import left holds it open
-            sieve.wait(1)
 
 
 def _plain_warning(message, category, filename, lineno, line=None):

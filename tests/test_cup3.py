@@ -8,7 +8,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -384,7 +383,7 @@ def test_a_reader_that_leaves_ends_it_quietly():
 
 
 def run_script(script, error=subprocess.PIPE, **environment):
-    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import cup3, os, warnings\n{script}"
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import cup3, os, signal, warnings\n{script}"
     kept = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
     environment = {**kept, **environment}
     streams = {"stdout": subprocess.PIPE, "stderr": error, "text": True}
@@ -398,20 +397,33 @@ def test_tensorflow_is_imported_without_a_word():
     assert (process.returncode, process.stderr) == (0, "")
 
 
-def test_only_notes_are_kept_from_the_user_and_only_unasked():
-    said = "os.write(2, b'I0000 00:00 port.cc: oneDNN\\nlast words\\n')"
-    script = f"with cup3._without_notes():\n {said}; os.{{}}\nos.write(2, b'I0000 later\\n')"
-    process = run_script(script.format("getpid()"))
-    assert (process.returncode, process.stderr) == (0, "last words\nI0000 later\n")
-    asked = run_script(script.format("getpid()"), TF_CPP_MIN_LOG_LEVEL="1")
-    assert "oneDNN" in asked.stderr
-    with tempfile.TemporaryFile("w+") as error:  # whoever dies leaves the sieve to finish its work
-        assert run_script(script.format("abort()"), error).returncode == -signal.SIGABRT
-        until = time.monotonic() + 20
-        while not error.seek(0, os.SEEK_END) and time.monotonic() < until:
-            time.sleep(0.05)
-        error.seek(0)
-        assert error.read() == "last words\n"
+SAID = "I0000 00:00 port.cc: oneDNN\nlast words\n"
+SAYING = f"with cup3._without_notes():\n os.write(2, {SAID.encode()}); {{}}\nos.write(2, b'I0000 later\\n')"
+
+
+@pytest.mark.parametrize(("level", "told"), [(None, "last words\n"), ("1", "last words\n"), ("0", SAID)])
+def test_only_notes_are_kept_from_the_user_and_only_unasked(level, told):
+    environment = {} if level is None else {"TF_CPP_MIN_LOG_LEVEL": level}
+    process = run_script(SAYING.format("print('so far', file=sys.stderr)"), **environment)
+    assert (process.returncode, process.stderr) == (0, f"{told}so far\nI0000 later\n")
+
+
+def test_an_import_that_fails_tells_everything():
+    process = run_script(SAYING.format("import no_such_module"))
+    assert process.returncode == 1
+    assert process.stderr.startswith(f"{SAID}Traceback") and "no_such_module" in process.stderr
+    process = run_script(SAYING.format("signal.raise_signal(signal.SIGINT)"))
+    assert process.stderr.startswith("last words\nTraceback")  # which is no failure
+
+
+def test_an_import_that_kills_the_process_leaves_its_place():
+    process = run_script(f"def imported():\n os.abort()\n{SAYING.format('imported()')}")
+    assert process.returncode == -signal.SIGABRT
+    assert process.stderr.startswith("Fatal Python error: Aborted\n") and "in imported" in process.stderr
+    later = run_script(SAYING.format("pass") + "\nos.abort()")
+    assert later.stderr == "last words\nI0000 later\n"  # as Python has it
+    later = run_script(SAYING.format("pass") + "\nos.abort()", PYTHONFAULTHANDLER="1")
+    assert later.stderr.startswith("last words\nI0000 later\nFatal Python error: Aborted\n")
 
 
 def test_a_process_that_an_import_leaves_behind_holds_nothing_up():
