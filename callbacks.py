@@ -3,7 +3,9 @@
 Keras callbacks, so that they go into any `fit`.
 """
 
+import contextlib
 import math
+import os
 import signal
 import time
 
@@ -11,6 +13,7 @@ import keras
 from tqdm import tqdm
 
 from checkpoint import RunFolder, assign, collect, named_variables
+from metrics import FEWEST_FOR_FLOOR
 
 SHOW_EVERY = 10  # steps between two readings of the loss, which make an accelerator wait
 
@@ -45,10 +48,14 @@ class Signals:
             signal.signal(number, handler)
 
     def _handle(self, number, frame):
-        if self._shielded:
-            self._received = number
-        else:
+        if not self._shielded:
             raise Interrupted(number)
+        if self._received is None:
+            _say_at_once(
+                f"{signal.Signals(number).name} received: stopping when the step under way ends, then saving. "
+                "The first step of a stage takes longest."
+            )
+        self._received = number
 
     def shield(self):
         """Holds signals back."""
@@ -60,6 +67,12 @@ class Signals:
         if self._received is not None:
             number, self._received = self._received, None
             raise Interrupted(number)
+
+
+def _say_at_once(text):
+    """A line on standard error from within a signal's handler, where what `print` does may be half done."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())
 
 
 class Keeper(keras.callbacks.Callback):
@@ -191,7 +204,13 @@ def describe(row):
             parts.append(f"{name} {value:.4g}")
     if math.isfinite(row.get("val_kid", math.nan)):
         low, high, floor = (row[f"val_kid_{end}"] for end in ("low", "high", "floor"))
-        parts.append(f"KID {row['val_kid']:.4f} [{low:.4f}, {high:.4f}], floor {floor:.4f}")
+        has_floor = floor is not None and math.isfinite(floor)
+        told = (
+            f"floor {floor:.4f}"
+            if has_floor
+            else f"no floor (it takes {FEWEST_FOR_FLOOR} validation pictures)"
+        )
+        parts.append(f"KID {row['val_kid']:.4f} [{low:.4f}, {high:.4f}], {told}")
     parts.append(f"{row['seconds']:.0f} s")
     return "   ".join(parts) + ("   best so far" if row.get("best") else "")
 

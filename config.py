@@ -6,6 +6,7 @@ which makes a run's networks from it.
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -104,9 +105,8 @@ class TrainingConfig:
     warmup_steps: int = 100  # linear warm-up, then cosine decay to a hundredth
     weight_decay: float = 1e-2  # of kernels; never of biases and norms
     clip_norm: float = 1.0  # largest global norm of the gradient
-    times: str = (
-        "logit_normal"  # distribution of the diffusion times: uniform or logit_normal (more in the middle)
-    )
+    # distribution of the diffusion times: uniform, or logit_normal (more in the middle)
+    times: str = "logit_normal"
     latent_crops: int = 1  # crops of each picture in the cache of latents, when augmentation crops
     ema: float = 0.998  # decay of the averaged network, after its warm-up
     caption_dropout: float = 0.1  # share of captions left out, for guidance
@@ -132,18 +132,16 @@ class EvaluationConfig:
 class Config:
     """Everything that defines a run."""
 
-    preset: str = "paper-flowers"  # where the defaults come from
+    preset: str = "paper-flowers"  # where the defaults come from: paper-flowers or cup3
     data: str = "dataset/paper_flowers"  # folder of captioned pictures
     run: str = "runs/paper-flowers"  # folder of the run
     seed: int = 0  # of every random draw
     image_size: int = 64  # side of the pictures in pixels
     gpus: str = "all"  # GPUs to train on: all, none, or indices such as 0,2
-    train_vae: bool | None = (
-        None  # train the autoencoder first; by default only where the run has no trained one
-    )
-    vae_from: str | None = (
-        None  # another run's folder, whose trained autoencoder is taken (and fine-tuned with train_vae)
-    )
+    # train the autoencoder, also one that --vae-from takes; None: only where there is none to take
+    train_vae: bool | None = None
+    # another run's folder, whose trained autoencoder is taken as it is, or trained further with --train-vae
+    vae_from: str | None = None
     text_from: str | None = None  # another run's folder, whose text encoder is taken and stays as it is
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
@@ -155,6 +153,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
+LARGEST_VALIDATION_FRACTION = 0.5
 LARGEST_SEED = 2**32 - 1  # that NumPy's generator takes
 FEWEST_FOR_KID = 3  # pictures on either side, for its estimate and its interval
 LARGEST_VIEW = 1024  # side at which a feature network sees pictures: far beyond what any was trained on
@@ -206,11 +205,12 @@ class Preset:
     summary: str
     config: Config | None = None
     lacks: str | None = None
+    is_large: bool = False  # whether `light` makes it smaller
 
 
 PRESETS = {
     "paper-flowers": Preset("drawn flowers, 64 px, offline, minutes on two cores", Config()),
-    "cup3": Preset("Deep Learning Cup 3: Oxford-102 flowers, 128 px, the Cup's U-Net", CUP3),
+    "cup3": Preset("Deep Learning Cup 3: Oxford-102 flowers, 128 px, the Cup's U-Net", CUP3, is_large=True),
     "coco": Preset("COCO 2014 captions", lacks="CLIP, the linear schedule and 16-bit floats"),
     "flickr8k": Preset("Flickr8k with a fine-tuned CLIP", lacks="contrastive training of CLIP"),
     "afhq": Preset("cats at 512 px, unconditional", lacks="the adversarial loss and unconditional training"),
@@ -337,6 +337,8 @@ def check(config: Config) -> None:
         if value not in known:
             raise InputError(f"--{name}: received {value!r}, expected one of {', '.join(map(str, known))}")
     _check_rates(config.diffusion)
+    if not re.fullmatch(r"all|none|\d+(,\d+)*", config.gpus):
+        raise InputError(f"--gpus: received {config.gpus!r}, expected all, none, or indices such as 0,2")
     if config.train_vae is False and config.vae_from is None:
         raise InputError("--no-train-vae: expected --vae-from, the run to take a trained autoencoder from")
 
@@ -385,7 +387,7 @@ def _largest_values(config):
 def _fractions(config):
     yield "training.ema", config.training.ema, 1
     yield "training.caption-dropout", config.training.caption_dropout, 1
-    yield "training.validation-fraction", config.training.validation_fraction, 0.5
+    yield "training.validation-fraction", config.training.validation_fraction, LARGEST_VALIDATION_FRACTION
     yield "augmentation.brightness", config.augmentation.brightness, 1
     yield "augmentation.contrast", config.augmentation.contrast, 1
 
@@ -414,14 +416,14 @@ def _check_widths(config):
     if len(vae.blocks) != len(vae.level_channels) or min(vae.blocks) < 0:
         raise InputError(
             f"--vae.blocks: received {' '.join(map(str, vae.blocks))}, expected a number of at least 0 for each "
-            f"of the {len(vae.level_channels)} levels"
+            f"of the {_levels(vae)}"
         )
     if vae.latent_scale is not None and not 0 < vae.latent_scale < math.inf:
         raise InputError(f"--vae.latent-scale: received {vae.latent_scale}, expected a positive number")
     if len(unet.attention_levels) != len(unet.level_channels):
         raise InputError(
             f"--unet.attention-levels: received {len(unet.attention_levels)}, expected one for each of the "
-            f"{len(unet.level_channels)} levels"
+            f"{_levels(unet)}"
         )
     for channels in unet.level_channels:
         if channels % unet.head_channels:
@@ -438,6 +440,11 @@ def _check_widths(config):
             f"--augmentation.resize-min: received {resize.resize_min}, expected 1 to --augmentation.resize-max "
             f"({resize.resize_max})"
         )
+
+
+def _levels(network):
+    n = len(network.level_channels)
+    return f"{n} level{'s' * (n != 1)}"
 
 
 def _check_rates(diffusion):

@@ -1,37 +1,63 @@
-"""Parses a command, prints what it will do, calls one function; holds no mathematics. Nobody imports it.
+"""Parses a command, prints what it will do, calls one function; holds no mathematics. Nobody imports it."""
 
-python cup3.py                     train the default preset, end to end
-python cup3.py train --help        every setting
-python cup3.py generate --help     pictures from sentences with a trained run
-python cup3.py data --help         draw the built-in data
-"""
-
+import contextlib
 import dataclasses
+import faulthandler
 import json
 import os
+import re
+import signal
 import sys
+import tempfile
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import tyro
 
 import config as settings
 from errors import InputError
 
-COMMANDS = ("train", "generate", "data")
+HELP = """Cup3 trains a text-to-image latent diffusion model from captioned pictures, and draws pictures of sentences.
+
+Start here:
+  python cup3.py                            train on drawn flowers: needs nothing else, takes minutes
+  python cup3.py generate --prompt "this flower has five pointed pink petals around a yellow center"
+
+With your own pictures (dataset/README.md shows how to lay them out):
+  python cup3.py --data my_pictures --run runs/mine
+  python cup3.py generate --run runs/mine --prompt "..."
+
+Commands:
+  train       train a model, or go on with a run; may be left out
+  generate    draw pictures of sentences with a trained run
+  data        draw paper flowers, the built-in data: other numbers or sizes
+
+Each has its own settings: python cup3.py train --help
+"""
+
+FLOWERS = settings.Config.data
 
 
 @dataclass(frozen=True)
 class Data:
     """Draw the built-in data, captioned paper flowers in the Cup3 layout."""
 
-    out: str = "dataset/paper_flowers"  # folder to make
+    # folder to make; None: dataset/paper_flowers, with the numbers that differ from these defaults in its name
+    out: str | None = None
     train: int = 4096  # training pictures
     test: int = 512  # test pictures, some of colour pairs that training never shows
     size: int = 64  # side in pixels, 32 to 512
     seed: int = 0  # the same seed gives the same files
+
+
+@dataclass(frozen=True)
+class Train(settings.Config):
+    """Train a text-to-image model end to end, or go on with a run: the same command goes on where it stopped."""
+
+    # the networks and recipe of --preset cup3 sized for two cores; paper-flowers is small already and refuses it
+    light: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
 @dataclass(frozen=True)
@@ -43,10 +69,14 @@ class Generate:
     prompts: str | None = None  # text file with a sentence a line
     count: int = 1  # pictures a sentence
     seed: int = 0  # of a sentence's first picture; the next ones have seed + 1, ...
-    steps: int | None = None  # sampler steps; default: the run's
-    guidance: float | None = None  # strength of guidance, 1 is off; default: the run's
+    steps: int | None = None  # sampler steps; None: the run's
+    guidance: float | None = None  # strength of guidance, 1 is off; None: the run's
     batch_size: int = 16  # pictures drawn at once
     out: str = "pictures"  # folder for the PNG files and grid.png
+
+
+SETTINGS = {"train": Train, "generate": Generate, "data": Data}
+COMMANDS = tuple(SETTINGS)
 
 
 def parse(argv):
@@ -62,31 +92,76 @@ def parse(argv):
         InputError: no such preset.
         SystemExit: tyro refused a flag (code 2) or printed the help (code 0).
     """
+    if argv and argv[0] in ("-h", "--help", "help"):
+        print(HELP)
+        raise SystemExit(0)
     command, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("train", argv)
     if command not in COMMANDS:
-        raise InputError(f"command: received {command!r}, expected one of {', '.join(COMMANDS)}")
-    if argv and argv[0] in ("-h", "--help"):
-        print(__doc__)
-        raise SystemExit(0)
+        raise InputError(
+            f"command: received {command!r}, expected one of {', '.join(COMMANDS)}; see python cup3.py --help"
+        )
+    _refuse_strays(command, rest)
     if command == "train":
         return command, _parse_train(rest)
-    kind = {"generate": Generate, "data": Data}[command]
-    return command, tyro.cli(kind, args=rest, prog=f"cup3.py {command}")
+    return command, tyro.cli(SETTINGS[command], args=rest, prog=f"cup3.py {command}")
 
 
-def _parse_train(rest):
-    defaults = settings.preset(_flag(rest, "--preset", "paper-flowers"))
-    light = "--light" in rest
-    if light:
-        rest = [word for word in rest if word != "--light"]
+def _refuse_strays(command, words):
+    """Commands in the wrong place, and flags of another command: each in one line that says what to type."""
+    for former, word in zip(["", *words], words, strict=False):
+        flag = word.split("=")[0]
+        others = [other for other in COMMANDS if flag in _flags(other)]
+        if others and command not in others:
+            to_train = "; to train: python cup3.py train" if flag == "--train" else ""
+            raise InputError(
+                f"{flag}: is a flag of {others[0]}, not of {command}; type python cup3.py {others[0]} {flag} ..."
+                + to_train
+            )
+        if flag == "--generate":
+            raise InputError("--generate: is a command, without dashes; type python cup3.py generate ...")
+        if word in COMMANDS and not former.startswith("-"):
+            raise InputError(
+                f"{word}: received after other words, but a command comes first; type python cup3.py {word} ..."
+            )
+        if command == "generate" and not former and not word.startswith("-"):
+            raise InputError(
+                f"generate: received {word!r}, expected a flag; a sentence follows --prompt, in quotes: "
+                'python cup3.py generate --prompt "a pink flower"'
+            )
+
+
+def _flags(command):
+    names = {item.name for item in dataclasses.fields(SETTINGS[command])}
+    names |= {"epochs", "batch_size"} if command == "train" else set()  # which go without their part's name
+    return {f"--{name.replace('_', '-')}" for name in names}
+
+
+def _parse_train(words):
+    words = list(_spelt_out(words))
+    name = _flag(words, "--preset", "paper-flowers")
+    defaults = settings.preset(name)
+    if "--light" in words:
+        if not settings.PRESETS[name].is_large:
+            raise InputError(
+                f"--light: received with --preset {name}, whose networks are small already; expected with "
+                "--preset cup3, whose recipe is for photographs: --preset cup3 --light --data FOLDER"
+            )
         defaults = settings.light(defaults)
-    return tyro.cli(
-        settings.Config, args=rest, default=defaults, prog="cup3.py train", description=TRAIN_HELP
+    parsed = tyro.cli(Train, args=words, default=Train(**settings.part(defaults)), prog="cup3.py train")
+    return settings.Config(
+        **{item.name: getattr(parsed, item.name) for item in dataclasses.fields(settings.Config)}
     )
 
 
-TRAIN_HELP = """Train a text-to-image model end to end, or go on with a run. Besides the settings below:
---light takes the small networks and a recipe for two cores."""
+def _spelt_out(words):
+    """`--train-vae` and `--no-train-vae`, which take no value, as the setting of three values that they set."""
+    for word, following in zip(words, [*words[1:], "--"], strict=False):
+        if word == "--no-train-vae":
+            yield from ("--train-vae", "False")
+        else:
+            yield word
+            if word == "--train-vae" and following.startswith("-"):
+                yield "True"
 
 
 def _flag(words, name, default):
@@ -102,7 +177,18 @@ def _flag(words, name, default):
 def main(argv=None):
     """Runs a command; returns the exit code: 0, 2 for what the user gave, or 128 + the signal's number."""
     try:
-        command, options = parse(sys.argv[1:] if argv is None else argv)
+        try:
+            return _main(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()  # here, where it can still be told that nobody reads any more
+    except BrokenPipeError:  # as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        return 128 + signal.SIGPIPE
+
+
+def _main(argv):
+    try:
+        command, options = parse(argv)
         {"train": _train, "generate": _generate, "data": _data}[command](options)
     except InputError as error:
         print(f"cup3: {error}", file=sys.stderr)
@@ -114,8 +200,11 @@ def main(argv=None):
 
 
 def _train(options):
-    print(json.dumps(dataclasses.asdict(options), indent=2))
-    import stages  # TensorFlow takes seconds to import: only once the words are known to be right
+    settings.check(options)
+    _check_folders(options)
+    print(json.dumps(dataclasses.asdict(options), indent=2), flush=True)
+    with _without_notes():
+        import stages  # TensorFlow takes seconds to import: only once the words are known to be right
 
     try:
         stages.train(options)
@@ -124,22 +213,144 @@ def _train(options):
         raise SystemExit(128 + stop.signal) from None
 
 
+def _check_folders(options):
+    """Refuses folders that cannot be used; their contents are checked when they are read."""
+    from checkpoint import RunFolder
+
+    if options.data != FLOWERS and not Path(options.data).is_dir():
+        raise InputError(
+            f"{options.data}: is no folder; expected one with captioned pictures (see dataset/README.md)"
+        )
+    RunFolder.check(options.run, settings.to_dict(options))
+    for other in filter(None, (options.vae_from, options.text_from)):
+        RunFolder.read(other)
+
+
 def _generate(options):
-    import generate
+    _check_request(options)
+    with _without_notes():
+        import generate
 
     generate.write_pictures(
         **{field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     )
 
 
+def _check_request(options):
+    """Refuses what is missing; `generate` checks the rest."""
+    if not options.prompt and options.prompts is None:
+        raise InputError(
+            'prompts: received none, expected at least one: --prompt "a sentence", or --prompts FILE'
+        )
+    if options.prompts is not None and not Path(options.prompts).is_file():
+        raise InputError(
+            f"--prompts: received {options.prompts}, expected a text file in UTF-8 (there is no such file)"
+        )
+    if not (Path(options.run) / "config.json").is_file():
+        runs = ", ".join(str(file.parent) for file in sorted(Path("runs").glob("*/config.json")))
+        raise InputError(
+            f"{options.run}: received a folder without config.json, expected --run with the folder of a run; "
+            + (f"there are: {runs}" if runs else "train one first: python cup3.py")
+        )
+
+
 def _data(options):
     from dataset import paper_flowers
 
-    print(f"drawing {options.train} + {options.test} paper flowers of {options.size} px into {options.out}")
-    paper_flowers.write(
-        options.out, train=options.train, test=options.test, size=options.size, seed=options.seed
+    own_folder = flowers_folder(options)
+    out = options.out or own_folder
+    if Path(out) == Path(FLOWERS) and own_folder != FLOWERS:
+        raise InputError(
+            f"--out: received {out}, where runs look for flowers of the default numbers and refuse others; "
+            f"give another folder, or no --out for {own_folder}"
+        )
+    print(
+        f"drawing {options.train} + {options.test} paper flowers of {options.size} px into {out}", flush=True
     )
+    paper_flowers.write(out, train=options.train, test=options.test, size=options.size, seed=options.seed)
+    if Path(out) != Path(FLOWERS):
+        print(
+            f"\nTrain on them:\n   python cup3.py --data {out} --run runs/{Path(out).name}{_sized(options)}"
+        )
+
+
+def _sized(options):
+    """The flag for training at the size of the drawn pictures, where the networks can."""
+    with contextlib.suppress(InputError):
+        settings.check(settings.Config(image_size=options.size))
+        return f" --image-size {options.size}"
+    return ""
+
+
+def flowers_folder(options):
+    """Where flowers go that no folder was named for: the default run's folder is for the default's flowers only."""
+    parts = [
+        f"-{name}{getattr(options, name)}"
+        for name in ("train", "test", "size", "seed")
+        if getattr(options, name) != getattr(Data, name)
+    ]
+    return FLOWERS + "".join(parts)
+
+
+# Python and TensorFlow speak to programmers; these make them speak to users.
+
+NOTES = re.compile(rb"I\d{4} |WARNING: All log messages before absl|To enable the following instructions")
+
+
+@contextlib.contextmanager
+def _without_notes():
+    """Keeps TensorFlow's notes of its import (oneDNN, CPU features) off standard error.
+
+    All else that is said meanwhile comes at the end; where the import fails, the notes too. Set
+    TF_CPP_MIN_LOG_LEVEL=0 to have everything at once.
+    """
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0" or "tensorflow" in sys.modules:
+        yield
+        return
+    # Its errors are mostly that there is no GPU, which is news only where there is a driver.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2" if os.path.exists("/proc/driver/nvidia") else "3")
+    failed = False
+    with tempfile.TemporaryFile() as said:
+        try:
+            with _standard_error_into(said):
+                yield
+        except Exception:
+            failed = True
+            raise
+        finally:
+            said.seek(0)
+            with open(2, "wb", closefd=False) as error:
+                error.writelines(line for line in said if failed or not NOTES.match(line))
+
+
+@contextlib.contextmanager
+def _standard_error_into(file):
+    """Standard error of the whole process, C++ included, goes into a file; only a crash still says where it was."""
+    sys.stderr.flush()
+    standard_error, crashes_were_told = os.dup(2), faulthandler.is_enabled()
+    faulthandler.enable(standard_error)
+    os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(standard_error, 2)
+        faulthandler.disable()
+        if crashes_were_told:
+            faulthandler.enable(sys.__stderr__)
+        os.close(standard_error)
+
+
+def _plain_warning(message, category, filename, lineno, line=None):
+    """A warning as a user wants it: without the place in the code where it was raised, if it is for users."""
+    if issubclass(category, UserWarning):
+        return f"warning: {message}\n"
+    return _programmers_warning(message, category, filename, lineno, line)
+
+
+_programmers_warning = warnings.formatwarning
 
 
 if __name__ == "__main__":
+    warnings.formatwarning = _plain_warning
     sys.exit(main())

@@ -5,6 +5,7 @@ The command line, previews in training, evaluation and the web page all call it.
 
 import functools
 import textwrap
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from diffusion.samplers import ddim, guide, uniform_times
 from diffusion.schedule import Process
 from errors import InputError
 from files import atomic_file
-from input_pipeline import Vocabulary
+from input_pipeline import RARE, Vocabulary
 from model.text_encoder import VocabularyEncoder
 from model.unet import UNet
 from model.vae import AutoencoderKL
@@ -74,7 +75,8 @@ def load(path) -> tuple[Networks, Config]:
     saved = run.best("diffusion") or run.latest("diffusion")
     if trained_vae is None or saved is None:
         raise InputError(
-            f"{path}: received a run that has trained no U-Net yet; expected one with a checkpoint"
+            f"{path}: received a run that has trained no U-Net yet; expected one with a checkpoint: "
+            "give its training command again, which goes on"
         )
     vae, vocabulary = make_vae(config), Vocabulary.load(run.vocabulary_path)
     unet, text_encoder = make_diffusion(config, vocabulary)
@@ -235,6 +237,13 @@ def write_pictures(
     steps = config.evaluation.steps if steps is None else steps
     guidance = config.evaluation.guidance if guidance is None else guidance
     _check_request(texts, count, seed, steps, guidance)
+    unknown = networks.vocabulary.unknown(texts)
+    if unknown:
+        warnings.warn(
+            f"{run} was trained without the word{'s' * (len(unknown) != 1)} {', '.join(unknown)}: "
+            f"read as {RARE}, any rare word",
+            stacklevel=2,
+        )
     painter = Painter(networks, config.image_size, batch_size)
     folder, pictures, paths = Path(out), [], []
     try:
@@ -249,8 +258,10 @@ def write_pictures(
         with atomic_file(folder / "grid.png") as file:
             grid.save(file, "PNG")
     except OSError as error:
-        raise InputError(f"--out: received {out}, which cannot be written ({error.strerror})") from error
-    print(f"{len(paths)} pictures and grid.png in {folder}")
+        raise InputError(
+            f"--out: received {out}, which cannot be written ({error.strerror}); give another folder"
+        ) from error
+    print(f"{len(paths)} picture{'s' * (len(paths) != 1)} and grid.png in {folder}")
     return paths
 
 
@@ -259,7 +270,10 @@ def _read_prompts(path):
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompts: received {path}, expected a text file in UTF-8 ({error})") from error
-    return [line for line in lines if line.strip()]
+    texts = [line for line in lines if line.strip()]
+    if not texts:
+        raise InputError(f"--prompts: received {path}, which is empty; expected a sentence a line")
+    return texts
 
 
 def save_png(picture: Picture, path, **settings):

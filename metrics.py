@@ -8,6 +8,7 @@ import numpy as np
 
 from config import FEWEST_FOR_KID
 
+FEWEST_FOR_FLOOR = 2 * FEWEST_FOR_KID  # real pictures, of which the floor compares two halves
 _NORMAL_97_5 = 1.959964  # quantile of the standard normal: a two-sided 95 % interval
 
 
@@ -198,9 +199,12 @@ class KID(keras.metrics.Metric):
         return kid(real, generated)
 
     def floor(self, seed=0):
-        """Returns the real-against-real Estimate with as many pictures a side as were generated, if there are."""
+        """Returns the real-against-real Estimate with as many pictures a side as were generated, if there are.
+
+        It is NaN where there are fewer than `FEWEST_FOR_FLOOR` real pictures.
+        """
         real, n = self._gathered_real(), len(self._gathered_generated())
-        if len(real) < 2 * FEWEST_FOR_KID:
+        if len(real) < FEWEST_FOR_FLOOR:
             return _UNKNOWN
         return kid_floor(real, n=max(n, FEWEST_FOR_KID), seed=seed)
 

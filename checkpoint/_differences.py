@@ -3,7 +3,9 @@
 from errors import InputError
 
 
-def refuse_differences(place, what: str, received: dict, expected: dict, at_most: int | None = None) -> None:
+def refuse_differences(
+    place, what: str, received: dict, expected: dict, at_most: int | None = None, way_out: str = ""
+) -> None:
     """Raises an InputError that lists the keys whose values differ or that only one side has."""
     received, expected = _flat(received), _flat(expected)
     differences = [
@@ -13,7 +15,8 @@ def refuse_differences(place, what: str, received: dict, expected: dict, at_most
     ]
     if differences:
         more = f"; and {len(differences) - at_most} more" if at_most and len(differences) > at_most else ""
-        raise InputError(f"{place}: another {what}: {'; '.join(differences[:at_most])}{more}")
+        way_out = way_out and f"; {way_out}"
+        raise InputError(f"{place}: another {what}: {'; '.join(differences[:at_most])}{more}{way_out}")
 
 
 def _flat(value, name: str = "") -> dict:

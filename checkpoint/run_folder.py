@@ -59,6 +59,25 @@ class RunFolder:
             raise
         return run
 
+    @staticmethod
+    def check(path, config: dict) -> None:
+        """Refuses what `open` would refuse, but makes and changes nothing: for the time before any work.
+
+        Args:
+            path, config: see `open`.
+
+        Raises:
+            InputError: see `open`.
+        """
+        path = Path(path)
+        with _disk_errors(path):
+            _refuse_foreign(path)
+            if (path / ".lock").exists():
+                with open(path / ".lock", "a+") as lock:
+                    _hold(lock, path)
+        if (path / "config.json").exists():
+            _refuse_other_config(path / "config.json", plain(config))
+
     @classmethod
     def read(cls, path) -> "RunFolder":
         """Opens a run folder only to read it: without a lock, so also while it trains.
@@ -68,7 +87,10 @@ class RunFolder:
         """
         config_file = Path(path) / "config.json"
         if not config_file.is_file():
-            raise InputError(f"{path}: received a folder without config.json, expected the folder of a run")
+            raise InputError(
+                f"{path}: received a folder without config.json, expected the folder of a run, which "
+                "`python cup3.py --run FOLDER` makes"
+            )
         return cls(Path(path), read_json(config_file))
 
     def close(self) -> None:
@@ -154,9 +176,8 @@ class RunFolder:
             except InputError as damage:
                 print(f"warning: {damage}; trying the checkpoint before it", file=sys.stderr)
         if steps:
-            raise InputError(
-                f"{folder}: all {len(steps)} checkpoints are damaged; remove it to start the stage again"
-            )
+            damaged = "the only checkpoint is" if len(steps) == 1 else f"all {len(steps)} checkpoints are"
+            raise InputError(f"{folder}: {damaged} damaged; remove it to start the stage again")
         return None
 
     # The best: chosen by the monitored metric.
@@ -246,7 +267,7 @@ class RunFolder:
         """Compares the config with the folder's, or writes it into a new one, and mends the log."""
         config_file = self.path / "config.json"
         if config_file.exists():
-            refuse_differences(config_file, "config", self.config, read_json(config_file))
+            _refuse_other_config(config_file, self.config)
         else:
             self.write_json("config.json", self.config)
             self._is_new = True
@@ -283,6 +304,11 @@ def is_better(value: float, best: dict | None) -> bool:
     return bool(value < (low if _is_finite(low) else best["value"]))
 
 
+def _refuse_other_config(config_file: Path, config: dict) -> None:
+    way_out = "give --run another folder, or the settings of this one"
+    refuse_differences(config_file, "config", config, read_json(config_file), way_out=way_out)
+
+
 def _is_finite(value) -> bool:
     return value is not None and math.isfinite(value)
 
@@ -314,7 +340,7 @@ def _refuse_foreign(path: Path) -> None:
     if strange:
         raise InputError(
             f"{path}: received a folder that holds {min(strange)} and no config.json, "
-            "expected the folder of a run or an empty one"
+            "expected the folder of a run or an empty one; give --run another folder"
         )
 
 
@@ -322,15 +348,22 @@ def _lock(path: Path):
     """Takes the folder's lock, which the system frees when this process ends, however it ends."""
     lock = open(path / ".lock", "a+")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        pid = lock.read()
+        _hold(lock, path)
+    except BaseException:
         lock.close()
-        raise InputError(
-            f"{path}: process {pid} works on this run; wait for it, stop it, or choose another folder"
-        ) from None
+        raise
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
     return lock
+
+
+def _hold(lock, path: Path) -> None:
+    """Locks an open lock file until it is closed."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise InputError(
+            f"{path}: process {lock.read()} works on this run; wait for it, stop it, or give --run another folder"
+        ) from None

@@ -121,8 +121,8 @@ def require_same(folder, *, train=TRAIN, test=TEST, size=SIZE, seed=SEED):
     ]
     if unlike:
         raise InputError(
-            f"{folder}: received paper flowers of {'; '.join(unlike)}; remove or rename the folder to have them drawn "
-            "anew, or name another folder with --data"
+            f"{folder}: received paper flowers of {'; '.join(unlike)}; rename the folder to have them drawn anew; "
+            "to train on these, give its new name to --data"
         )
 
 
@@ -163,7 +163,8 @@ def _appearing_at_the_end(folder):
     """Gives a folder beside the wanted one, which takes its name when all went well and vanishes otherwise."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(
-            f"{folder}: expected a new or empty folder for paper flowers, but something is there already"
+            f"{folder}: expected a new or empty folder for paper flowers, but something is there already; "
+            "give --out another folder, or remove this one"
         )
     parent = folder.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)

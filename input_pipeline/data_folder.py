@@ -32,7 +32,9 @@ class CaptionedPictures:
 
 
 def load_data(folder):
-    """Load captioned pictures from a folder of any known layout. Rows are counted from 0.
+    """Load captioned pictures from a folder of any known layout.
+
+    Rows of pickles are counted from 0, as pandas does; lines of text files from 1, as editors do.
 
     Known are the Cup3 layout (`dataset/text2ImgData.pkl`, `dictionary/word2Id.npy`, optionally `dataset/testData.pkl`,
     image paths relative to `folder`), the same one folder deeper (`folder/dataset/dataset/...`, as in the original
@@ -60,7 +62,8 @@ def load_data(folder):
         if (folder / name).is_file():
             return _load_metadata(folder / name, read)
     raise InputError(
-        f"{folder}: holds neither dataset/text2ImgData.pkl nor metadata.csv nor metadata.jsonl (see dataset/README.md)"
+        f"{folder}: holds neither dataset/text2ImgData.pkl nor metadata.csv nor metadata.jsonl; "
+        "give --data a folder that does (see dataset/README.md)"
     )
 
 
@@ -141,7 +144,7 @@ def _picture_path(root, inside, name, where):
         )
     path = root / pure
     if not path.is_file():
-        raise InputError(f"{where}: image {path} does not exist")
+        raise InputError(f"{where}: image {path} does not exist; mend the path, or remove the row")
     if not path.resolve().is_relative_to(inside):
         raise InputError(f"{where}: image path {name!r} is a link out of the data folder {root}")
     return path
@@ -153,14 +156,15 @@ def _load_metadata(file, read):
     if not rows:
         raise InputError(f"{file}: has no rows, expected at least one")
     texts_of = {}
-    for row, (name, text) in enumerate(rows):
+    for line, name, text in rows:
         if not isinstance(text, str) or not words_of(text):
-            raise InputError(f"{file}: row {row}: text is {_short(text)}, expected a caption")
-        texts_of.setdefault(name, (row, []))[1].append(text)
-    vocabulary = Vocabulary.from_texts((text for _, text in rows), CAPTION_LENGTH)
+            raise InputError(f"{file}: line {line}: text is {_short(text)}, expected a caption")
+        texts_of.setdefault(name, (line, []))[1].append(text)
+    vocabulary = Vocabulary.from_texts((text for _, _, text in rows), CAPTION_LENGTH)
     inside = file.parent.resolve()
     paths = tuple(
-        _picture_path(file.parent, inside, name, f"{file}: row {row}") for name, (row, _) in texts_of.items()
+        _picture_path(file.parent, inside, name, f"{file}: line {line}")
+        for name, (line, _) in texts_of.items()
     )
     counts = np.cumsum([len(texts) for _, texts in texts_of.values()])[:-1]
     tokens, _ = vocabulary.encode([text for _, texts in texts_of.values() for text in texts])
@@ -168,27 +172,42 @@ def _load_metadata(file, read):
 
 
 def _read_csv(file):
-    """[(file_name, text)] of a CSV file with a header."""
+    """[(line, file_name, text)] of a CSV file with a header, whose fields commas, semicolons or tabs part."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
-            table = csv.DictReader(lines)
+            delimiter = _delimiter(lines.readline())
+            lines.seek(0)
+            table = csv.DictReader(lines, delimiter=delimiter)
             _require(file, table.fieldnames or ())
-            return [_csv_row(file, table.line_num, row) for row in table]
-    except (UnicodeDecodeError, csv.Error) as error:
+            return [_csv_row(file, table.line_num, row, delimiter) for row in table]
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{file}: cannot be read as CSV in UTF-8 ({error}); a spreadsheet saves it as 'CSV UTF-8'"
+        ) from None
+    except csv.Error as error:
         raise InputError(f"{file}: cannot be read as CSV in UTF-8 ({error})") from None
 
 
-def _csv_row(file, line, row):
+def _delimiter(header):
+    """What parts the fields of a table: spreadsheets of some countries write semicolons for commas."""
+    for delimiter in ",;\t":
+        if {"file_name", "text"} <= {name.strip('" \r\n') for name in header.split(delimiter)}:
+            return delimiter
+    return ","
+
+
+def _csv_row(file, line, row, delimiter):
     if None in row:  # where `csv` keeps what has no column
+        part = {",": "commas", ";": "semicolons", "\t": "tabs"}[delimiter]
         raise InputError(
             f"{file}: line {line} has {len(row) - 1 + len(row[None])} fields, expected {len(row) - 1}; "
-            "a text with commas stands in double quotes"
+            f"a text with {part} stands in double quotes"
         )
-    return row["file_name"], row["text"]
+    return line, row["file_name"], row["text"]
 
 
 def _read_jsonl(file):
-    """[(file_name, text)] of a file of one JSON object a line; empty lines are skipped."""
+    """[(line, file_name, text)] of a file of one JSON object a line; empty lines are skipped."""
     rows = []
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
@@ -197,7 +216,7 @@ def _read_jsonl(file):
     for number, line in enumerate(lines, 1):
         if line.strip():
             item = _json_object(file, number, line)
-            rows.append((item["file_name"], item["text"]))
+            rows.append((number, item["file_name"], item["text"]))
     return rows
 
 
@@ -216,7 +235,8 @@ def _require(where, names):
     for name in ("file_name", "text"):
         if name not in names:
             raise InputError(
-                f"{where}: column {name} is missing; received {', '.join(map(str, names)) or 'none'}"
+                f"{where}: column {name} is missing; received {', '.join(map(str, names)) or 'none'}; "
+                "expected file_name and text"
             )
 
 

@@ -23,7 +23,7 @@ def read_pictures(paths, side, *, cache_file=None, progress=True):
     """Read pictures, resized by their short side and cut to their middle square.
 
     EXIF orientation is applied; grey, palette, CMYK, transparent (over white) and 16-bit pictures become RGB, and one
-    warning counts them.
+    warning counts them; another counts those that were smaller.
 
     Args:
         paths: N picture files.
@@ -76,12 +76,14 @@ def _read_key(file):
 
 def _squares(paths, side, progress):
     """Yield each picture uint8 (S, S, 3), in order; decoded by threads, as Pillow lets go of the interpreter."""
-    converted = collections.Counter()
+    converted, enlarged = collections.Counter(), 0
+    silent = None if progress else True  # None: silent where standard error is no terminal
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
             squares = pool.map(lambda path: _square(path, side), paths)
-            for picture, kind in tqdm(squares, "pictures", len(paths), disable=None if progress else True):
+            for picture, kind, was_small in tqdm(squares, "pictures", len(paths), disable=silent):
                 converted.update([kind] if kind else [])
+                enlarged += was_small
                 yield picture
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -89,10 +91,12 @@ def _squares(paths, side, progress):
     if converted:
         kinds = ", ".join(f"{count} {kind}" for kind, count in converted.most_common())
         warnings.warn(f"pictures converted to RGB: {kinds}, of {len(paths)}", stacklevel=3)
+    if enlarged:
+        warnings.warn(f"pictures enlarged to {side} px: {enlarged} of {len(paths)}", stacklevel=3)
 
 
 def _square(path, side):
-    """(uint8 (S, S, 3), what kind it was if not RGB)."""
+    """(uint8 (S, S, 3), what kind it was if not RGB, whether it was smaller)."""
     try:
         with Image.open(path) as image:
             _check(path, image)
@@ -100,7 +104,8 @@ def _square(path, side):
                 image.mode, (2 * side, 2 * side)
             )  # lets libjpeg skip detail that the resize would drop
             kind, image = _to_rgb(path, ImageOps.exif_transpose(image))
-            return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)), kind
+            was_small = min(image.size) < side
+            return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)), kind, was_small
     except InputError:
         raise
     except (

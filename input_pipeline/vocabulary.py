@@ -75,18 +75,22 @@ class Vocabulary:
             row[: len(ids)] = ids[: self.length]
         n_cut = sum(len(ids) > self.length for ids in rows)
         if n_cut:
-            warnings.warn(
-                f"{n_cut} of {len(rows)} texts cut to their first {self.length} words", stacklevel=2
-            )
+            texts, whose = f"{len(rows)} text{'s' * (len(rows) != 1)}", "its" if n_cut == 1 else "their"
+            warnings.warn(f"{n_cut} of {texts} cut to {whose} first {self.length} words", stacklevel=2)
         return tokens, self.mask(tokens)
 
+    def unknown(self, texts):
+        """The words of texts that `encode` reads as '<RARE>', each once, in the order in which they come first."""
+        words = (word for text in texts for word in self._words(text))
+        return list(dict.fromkeys(word for word in words if word not in self._ids))
+
     def _encode(self, text):
+        return [self._ids.get(word, self.rare_id) for word in self._words(text)]
+
+    def _words(self, text):
         """A word as the dictionary writes it, '<RARE>' included, counts before its punctuation is stripped."""
-        ids = []
         for chunk in text.split():
-            words = [chunk] if chunk in self._ids else words_of(chunk)
-            ids += [self._ids.get(word, self.rare_id) for word in words]
-        return ids
+            yield from [chunk] if chunk in self._ids else words_of(chunk)
 
     def decode(self, tokens):
         """Texts of rows of ids: `encode(decode(tokens))` gives `tokens` back where padding (`pad_id`) only trails.

@@ -16,7 +16,7 @@ from files import atomic_file
 from model.perceptual import FeatureNetwork
 from stages.autoencoder import trained_autoencoder
 from stages.data import prepared_data
-from stages.devices import strategy_on
+from stages.devices import devices_in_words, strategy_on
 from stages.latent_diffusion import latents_of, text_encoder_from, trained_diffusion
 
 PROBED_CAPTIONS = 256
@@ -48,6 +48,7 @@ def train(config: settings.Config) -> Path:
     flags = {"--vae-training.batch-size": config.vae_training, "--batch-size": config.training}
     batches = {flag: (stage.batch_size, stage.micro_batches) for flag, stage in flags.items()}
     strategy = strategy_on(config.gpus, batches)
+    print(f"\ntraining on {devices_in_words()}", flush=True)
     with RunFolder.open(config.run, settings.to_dict(config)) as run, Signals() as signals:
         try:
             with _stage("data"):
@@ -66,7 +67,7 @@ def _train(config, run, data, strategy, signals):
     judge = config.evaluation
     # First of all, so that what cannot be had is refused before anything is trained.
     features = FeatureNetwork(judge.network, judge.size, judge.weights)
-    text = text_encoder_from(config.text_from, data.vocabulary) if config.text_from else None
+    text = text_encoder_from(config, data.vocabulary) if config.text_from else None
     with _stage("autoencoder"):
         vae = trained_autoencoder(config, run, data, strategy, signals)
     with _stage("latents"):
@@ -105,7 +106,8 @@ def _report_probe(run, right):
     run.truncate_log("probe", -1)
     run.log({"stage": "probe", "step": 0, **right})
     shares = ", ".join(f"{name.replace('_', ' ')} {right[name]:.1%}" for name in PROBED_ATTRIBUTES)
-    print(f"   of {right['n']} test captions the pictures follow: {shares}")
+    captions = f"{right['n']} test caption{'s' * (right['n'] != 1)}"
+    print(f"   of {captions} the pictures follow: {shares}")
 
 
 def _say_where(run, data):

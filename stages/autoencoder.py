@@ -39,7 +39,10 @@ def _assign_vae(vae, run, flag):
     saved = run.finished("vae")
     if saved is None:
         raise InputError(f"{flag}: received {run.path}, expected a run with a trained autoencoder")
-    assign(named_variables(vae), saved.tensors, "vae", source=run.path)
+    try:
+        assign(named_variables(vae), saved.tensors, "vae", source=run.path)
+    except InputError as refusal:
+        raise InputError(f"{refusal}; give the --vae.* settings of {run.path / 'config.json'}") from None
 
 
 def _train_autoencoder(config, run, data, vae, strategy, signals):

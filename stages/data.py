@@ -63,8 +63,13 @@ def prepared_data(config, run) -> Data:
     data = Data(config, captioned, pictures, augmentation)
     print(
         f"   {len(pictures)} pictures of {pictures.shape[1]} px, {len(data.validation_ids)} of them for validation; "
-        f"{data.vocabulary.size} words"
+        f"{data.vocabulary.size} words\n   from {folder}"
     )
+    if config.data == settings.Config.data and len(pictures) != paper_flowers.TRAIN:  # no run begins so
+        print(
+            f"   note: the settings are sized for {paper_flowers.TRAIN} pictures here; "
+            f"to have them drawn, move {folder} away and give another --run"
+        )
     return data
 
 
@@ -82,9 +87,19 @@ def _check_validation(config, n):
     held_out = len(pipeline.split(n, fraction, config.seed)[1])
     if held_out < settings.FEWEST_FOR_KID:
         raise InputError(
-            f"{config.data}: received {n} pictures, of which --training.validation-fraction {fraction} holds out "
-            f"{held_out}; expected at least {settings.FEWEST_FOR_KID} for KID"
+            f"{config.data}: received {n} picture{'s' * (n != 1)}, of which "
+            f"--training.validation-fraction {fraction} holds out {held_out}; "
+            f"expected at least {settings.FEWEST_FOR_KID} for KID: {_more_held_out(n, config.seed)}"
         )
+
+
+def _more_held_out(n, seed):
+    """How `n` pictures can do, if they can."""
+    most = settings.LARGEST_VALIDATION_FRACTION
+    for hundredths in range(1, round(100 * most) + 1):
+        if len(pipeline.split(n, hundredths / 100, seed)[1]) >= settings.FEWEST_FOR_KID:
+            return f"give --training.validation-fraction {hundredths / 100}, or more pictures"
+    return "give more pictures"
 
 
 def _keep_vocabulary(config, run, vocabulary):
@@ -93,4 +108,6 @@ def _keep_vocabulary(config, run, vocabulary):
     if not path.exists():
         vocabulary.save(path)
     elif pipeline.Vocabulary.load(path).words != vocabulary.words:
-        raise InputError(f"{config.data}: its words are no longer those of {path}; expected unchanged data")
+        raise InputError(
+            f"{config.data}: its words are no longer those of {path}; expected unchanged data, or another --run"
+        )

@@ -48,6 +48,12 @@ def _cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def devices_in_words() -> str:
+    """The devices that `strategy_on` chose, for a user."""
+    gpus = [gpu.name.removeprefix("/physical_device:") for gpu in tf.config.get_visible_devices("GPU")]
+    return ", ".join(gpus) or "the CPU: no GPU is chosen, or TensorFlow finds none"
+
+
 def _choose_gpus(gpus, found):
     if gpus in ("all", "none"):
         return found if gpus == "all" else []
@@ -57,6 +63,7 @@ def _choose_gpus(gpus, found):
             raise ValueError
         return [found[index] for index in indices]
     except (ValueError, IndexError):
+        example = "such as 0" if found else "but TensorFlow finds no GPU here"
         raise InputError(
-            f"--gpus: received {gpus!r}, expected all, none, or indices below {len(found)}, such as 0"
+            f"--gpus: received {gpus!r}, expected all, none, or indices below {len(found)}, {example}"
         ) from None

@@ -145,14 +145,23 @@ def _protocol(config, trainer, data):
     ).to_dict()
 
 
-def text_encoder_from(path, vocabulary):
+def text_encoder_from(config, vocabulary):
     """The tensors of another run of the same words, among them its averaged text encoder."""
-    run = RunFolder.read(path)
+    path, run = config.text_from, RunFolder.read(config.text_from)
     saved = run.best("diffusion") or run.latest("diffusion")
     if saved is None:
         raise InputError(f"--text-from: received {path}, expected a run with a trained text encoder")
     if pipeline.Vocabulary.load(run.vocabulary_path).words != vocabulary.words:
-        raise InputError(f"--text-from: received {path}, whose words are not those of the data")
+        raise InputError(
+            f"--text-from: received {path}, whose words are not those of the data; expected a run of the same data"
+        )
+    for name, expected in settings.part(config.text_encoder).items():
+        received = run.config["text_encoder"].get(name)
+        if received != expected:
+            flag = f"--text-encoder.{name.replace('_', '-')}"
+            raise InputError(
+                f"--text-from: received {path}, whose {flag} is {received}, expected {expected}; give {flag} {received}"
+            )
     return saved.tensors
 
 

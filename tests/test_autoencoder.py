@@ -43,7 +43,9 @@ def test_train_vae_begins_with_the_other_runs_autoencoder(finished, flowers, tmp
 
 def test_an_autoencoder_of_another_shape_or_none_is_refused(finished, flowers, tmp_path, capsys):
     other_shape = words(flowers, tmp_path / "run", vae_from=finished[0], **{"vae.latent_channels": 3})
-    assert refusal(capsys, other_shape).startswith(f"{finished[0]}: another set of variables: vae/")
+    line = refusal(capsys, other_shape)
+    assert line.startswith(f"{finished[0]}: another set of variables: vae/")
+    assert line.endswith(f"; give the --vae.* settings of {finished[0] / 'config.json'}")
     with RunFolder.open(tmp_path / "bare", {"seed": 0}):
         pass
     bare = refusal(capsys, words(flowers, tmp_path / "run", vae_from=tmp_path / "bare"))

@@ -71,7 +71,11 @@ def drawn(tokens):
     [
         ({"steps": 0}, "--steps: received 0, expected at least 1"),
         ({"count": -1}, "--count: received -1, expected at least 1"),
-        ({"run": "absent"}, "absent: received a folder without config.json, expected the folder of a run"),
+        (
+            {"run": "absent"},
+            "absent: received a folder without config.json, expected the folder of a run, which "
+            "`python cup3.py --run FOLDER` makes",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(capsys, options, line):

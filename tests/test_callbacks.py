@@ -73,11 +73,17 @@ def keeper_of(run, **settings):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_waits_until_the_step_is_whole(number):
+def test_a_signal_waits_until_the_step_is_whole_and_is_acknowledged_at_once(number, capfd):
     former, done = signal.getsignal(number), []
     with pytest.raises(Interrupted) as stop, Signals() as signals:
         signals.shield()
         os.kill(os.getpid(), number)
+        name = signal.Signals(number).name
+        told = capfd.readouterr().err
+        assert told.startswith(f"\n{name} received: stopping when the step under way ends, then saving.")
+        assert told.count("\n") == 2
+        os.kill(os.getpid(), number)
+        assert capfd.readouterr().err == ""  # once is enough
         done.append("the step")
         signals.release()
         done.append("what follows")
@@ -231,6 +237,9 @@ def test_a_row_is_told_in_one_line():
     kid = {"val_kid": 0.1, "val_kid_low": 0.05, "val_kid_high": 0.15, "val_kid_floor": 0.01}
     line = "epoch 3   loss 0.25   val_loss 0.3333   KID 0.1000 [0.0500, 0.1500], floor 0.0100   62 s   best so far"
     assert describe({**row, **kid, "best": True}) == line
+    for none in (math.nan, None):  # as measured, and as the log keeps it
+        without = line.replace("floor 0.0100", "no floor (it takes 6 validation pictures)")
+        assert describe({**row, **kid, "best": True, "val_kid_floor": none}) == without
     assert "KID" not in describe({**row, **kid, "val_kid": math.nan})
     assert "val_psnr 27.12" in describe({**row, "val_psnr": 27.1234, "val_psnr_low": 26.0})
 

@@ -275,6 +275,14 @@ REFUSED = [
         for least, most in ((0.0, 0.95), (0.02, 1.0), (0.5, 0.5), (math.nan, 0.95))
     ),
     (
+        {"vae__level_channels": (8,)},
+        "--vae.blocks: received 1 1, expected a number of at least 0 for each of the 1 level",
+    ),
+    *(
+        ({"gpus": gpus}, f"--gpus: received {gpus!r}, expected all, none, or indices such as 0,2")
+        for gpus in ("", "first", "-1", "0;1", "0,")
+    ),
+    (
         {"train_vae": False},
         "--no-train-vae: expected --vae-from, the run to take a trained autoencoder from",
     ),

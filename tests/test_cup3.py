@@ -1,9 +1,14 @@
 """Words become settings, and every refusal is one line and exit code 2."""
 
+import contextlib
 import dataclasses
 import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,10 +17,19 @@ import config as settings
 import cup3
 import generate
 import stages
+from checkpoint import RunFolder
 from config import Config
 from dataset import paper_flowers
+from errors import InputError
 
 ROOT = Path(cup3.__file__).parent
+PARTS = [item.name.replace("_", "-") for item in dataclasses.fields(Config) if "Config" in str(item.type)]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """No test finds the runs and the data of whoever runs it."""
+    monkeypatch.chdir(tmp_path)
 
 
 def test_no_word_at_all_trains_the_default_preset():
@@ -55,6 +69,58 @@ def test_light_is_a_preset_with_the_small_networks():
     assert cup3.parse(["--light", "--preset", "cup3", "--seed", "2"])[1] == dataclasses.replace(small, seed=2)
 
 
+@pytest.mark.parametrize("words", [["--light"], ["--preset", "paper-flowers", "--light"]])
+def test_light_is_refused_where_the_networks_are_small_already(words):
+    with pytest.raises(
+        InputError, match=r"^--light: received with --preset paper-flowers.* --preset cup3 --light"
+    ):
+        cup3.parse(words)
+
+
+def test_the_autoencoder_is_trained_or_not_by_a_flag_without_a_value():
+    for words, value in (
+        (["--train-vae"], True),
+        (["--train-vae", "--seed", "1"], True),
+        (["--train-vae", "True"], True),
+        (["--no-train-vae"], False),
+        (["--train-vae", "None"], None),
+        (["--seed", "1"], None),
+    ):
+        assert cup3.parse([*words, "--vae-from", "r"])[1].train_vae is value
+
+
+def described(shown):
+    """{flag: what a help says of it, without its default}"""
+    entries = [[]]
+    for line in re.sub("[╭╮╰╯│─|]", " ", shown).splitlines():
+        if not line.startswith("   "):  # a flag, a heading or the edge of a box
+            entries.append([])
+        entries[-1].append(line.strip())
+    default = re.compile(r"\(default:.*\)|\(repeatable\)")
+    texts = {}
+    for entry in entries:
+        head, *text = re.split(r"  +", "  ".join(entry))
+        for flag in re.findall(r"--?\w[\w.-]*", head if head.startswith("-") else ""):
+            texts[flag] = default.sub("", " ".join(text)).strip()
+    return texts
+
+
+def test_what_a_help_says_of_a_flag_is_found():
+    shown = "│ -h, --help  show │\n│ --a STR │\n│    of all │\n│    (default: 3) │\n"
+    shown += "╰───╯\n│ part │\n│ ──── │\n│ --b INT │\n│  (default: 1) │"
+    assert described(shown) == {"-h": "show", "--help": "show", "--a": "of all", "--b": ""}
+
+
+@pytest.mark.parametrize("command", cup3.COMMANDS)
+def test_every_flag_is_described(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cup3.parse([command, "--help"])
+    texts = described(capsys.readouterr().out)
+    assert cup3._flags(command) - {f"--{name}" for name in PARTS} <= texts.keys()
+    assert [flag for flag, text in texts.items() if len(text) < 5] == []
+
+
 def test_the_other_commands_have_their_settings():
     line = ["generate", "--run", "r", "--prompt", "a b", "--prompt", "c", "--count", "2", "--guidance", "1.5"]
     expected = cup3.Generate(run="r", prompt=("a b", "c"), count=2, guidance=1.5)
@@ -71,6 +137,8 @@ def test_train_generate_and_data_reach_their_functions(monkeypatch, capsys):
     )
     assert cup3.main(["--seed", "5"]) == 0
     assert '"seed": 5' in capsys.readouterr().out  # a run prints its config
+    with RunFolder.open("runs/paper-flowers", {}):
+        pass
     assert cup3.main(["generate", "--prompt", "x", "--out", "o"]) == 0
     assert (
         cup3.main(["data", "--out", "o", "--train", "7", "--test", "2", "--size", "32", "--seed", "1"]) == 0
@@ -107,6 +175,36 @@ def test_data_draws_the_flowers(tmp_path, capsys):
     ("line", "refusal"),
     [
         (["rain"], "command: received 'rain', expected one of train, generate"),
+        (
+            ["--train"],
+            "--train: is a flag of data, not of train; type python cup3.py data --train ...; to train: p",
+        ),
+        (["--train=40"], "--train: is a flag of data, not of train; type python cup3.py data --train ..."),
+        (["--generate"], "--generate: is a command, without dashes; type python cup3.py generate"),
+        (
+            ["--prompt", "x"],
+            "--prompt: is a flag of generate, not of train; type python cup3.py generate --prompt",
+        ),
+        (
+            ["data", "--epochs", "3"],
+            "--epochs: is a flag of train, not of data; type python cup3.py train --epoch",
+        ),
+        (
+            ["--seed", "1", "train"],
+            "train: received after other words, but a command comes first; type python c",
+        ),
+        (
+            ["generate", "a", "flower"],
+            "generate: received 'a', expected a flag; a sentence follows --prompt, in",
+        ),
+        (
+            ["generate"],
+            'prompts: received none, expected at least one: --prompt "a sentence", or --prompts FILE',
+        ),
+        (
+            ["generate", "--prompt", "x"],
+            "runs/paper-flowers: received a folder without config.json, expected --r",
+        ),
         (["--preset", "roses"], "--preset: received 'roses', expected one of paper-flowers, cup3"),
         (["--preset", "coco"], "--preset: received 'coco', which needs CLIP"),
         (["--image-size", "63"], "--image-size: received 63, expected a multiple of"),
@@ -117,7 +215,14 @@ def test_data_draws_the_flowers(tmp_path, capsys):
         (["generate", "--prompts", "absent.txt"], "--prompts: received absent.txt, expected a text file"),
         (["data", "--size", "16"], "paper flowers: size must be 32 to 512. Received: 16"),
         (["data", "--train", "0"], "paper flowers: train must be a whole number of at least 1"),
-        (["data", "--out", "."], ".: expected a new or empty folder"),
+        (
+            ["data", "--out", "."],
+            ".: expected a new or empty folder for paper flowers, but something is there already; give --out",
+        ),
+        (
+            ["data", "--train", "40", "--out", "dataset/paper_flowers"],
+            "--out: received dataset/paper_flowers, where runs look for flowers of the default numbers and refuse o",
+        ),
     ],
 )
 def test_a_refusal_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, line, refusal):
@@ -147,10 +252,26 @@ def test_help_explains_and_does_nothing(line, capsys):
     assert end.value.code == 0
     shown = capsys.readouterr().out
     wanted = {"train": "--vae-training.learning-rate", "generate": "--guidance", "data": "--size"}
-    assert wanted.get(line[0], "python cup3.py generate --help") in shown
+    assert wanted.get(line[0], "python cup3.py generate --prompt") in shown
+
+
+@pytest.mark.parametrize("word", ["--help", "-h", "help"])
+def test_the_first_help_is_for_users(word, capsys):
+    with pytest.raises(SystemExit) as end:
+        cup3.main([word])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0
+    assert shown.startswith("Cup3 trains a text-to-image latent diffusion model")
+    assert all(re.search(rf"^  {command} ", shown, re.MULTILINE) for command in cup3.COMMANDS)
+    for words in re.findall(r"python cup3\.py ?(.*?)(?:   |\n)", shown):
+        with contextlib.suppress(SystemExit):  # a command that shows its help
+            assert cup3.parse(shlex.split(words))
 
 
 def test_ctrl_c_in_another_command_is_told_in_one_line(monkeypatch, capsys):
+    with RunFolder.open("runs/paper-flowers", {}):
+        pass
+
     def interrupted(**request):
         raise KeyboardInterrupt
 
@@ -180,10 +301,142 @@ def test_faults_of_our_own_are_not_dressed_up(monkeypatch):
         cup3.main([])
 
 
-def test_the_words_are_parsed_without_tensorflow():
-    # A mistyped flag is told at once, not after the seconds that TensorFlow takes to import.
-    script = "import sys, cup3; code = cup3.main(['--preset', 'x']); "
-    script += "sys.exit(code + 10 * ('tensorflow' in sys.modules))"
-    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 2
-    assert process.stderr.startswith("cup3: --preset: received 'x'")
+REFUSED_AT_ONCE = [
+    ["--preset", "x"],
+    ["--image-size", "63"],
+    ["--gpus", "first"],
+    ["--data", "absent"],
+    ["--vae-from", "absent"],
+    ["--run", "other"],
+    ["--run", "begun", "--seed", "1"],
+    ["generate"],
+    ["generate", "--prompt", "x", "--run", "absent"],
+]
+
+
+def test_what_can_be_refused_at_once_is_refused_before_tensorflow_and_the_settings(tmp_path):
+    # Not after the seconds that TensorFlow takes to import and a screen full of settings.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("precious")
+    with RunFolder.open(tmp_path / "begun", settings.to_dict(Config())):
+        pass
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import cup3\n"
+    script += f"codes = [cup3.main(line) for line in {REFUSED_AT_ONCE}]\n"
+    script += "sys.exit(0 if set(codes) == {2} and 'tensorflow' not in sys.modules else 1)"
+    process = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (0, "")
+    received = ["'x'", "63", "'first'", "absent", "absent", "other", "begun/config.json", "none", "absent"]
+    for line, value in zip(process.stderr.splitlines(), received, strict=True):
+        assert line.startswith("cup3: ") and value in line
+    assert sorted(os.listdir(tmp_path)) == ["begun", "other"]
+
+
+def test_a_run_that_is_missing_is_refused_with_those_that_are_there(tmp_path, capsys):
+    for name in ("b", "a"):
+        with RunFolder.open(tmp_path / "runs" / name, {}):
+            pass
+    assert cup3.main(["generate", "--prompt", "x"]) == 2
+    assert capsys.readouterr().err.endswith("; there are: runs/a, runs/b\n")
+
+
+# Flowers of other numbers do not go where the default run looks for its own.
+
+
+@pytest.mark.parametrize(
+    ("words", "folder", "training"),
+    [
+        ([], "dataset/paper_flowers", None),
+        (["--train", "40"], "dataset/paper_flowers-train40", "--image-size 64"),
+        (["--size", "40", "--seed", "2"], "dataset/paper_flowers-size40-seed2", ""),  # 40 px cannot be halved
+        (["--train", "40", "--out", "here"], "here", "--image-size 64"),
+    ],
+)
+def test_flowers_of_other_numbers_get_a_folder_of_their_own(monkeypatch, capsys, words, folder, training):
+    drawn = []
+    monkeypatch.setattr(paper_flowers, "write", lambda folder, **numbers: drawn.append(folder))
+    assert cup3.main(["data", *words]) == 0
+    assert drawn == [folder]
+    shown = capsys.readouterr().out
+    if training is None:
+        assert "--data" not in shown
+    else:
+        name = Path(folder).name
+        line = f"   python cup3.py --data {folder} --run runs/{name} {training}".rstrip()
+        assert shown.endswith(f"\nTrain on them:\n{line}\n")
+        assert cup3.parse(shlex.split(line)[2:])[1].data == folder
+
+
+# As a user meets it: processes of their own.
+
+
+def started(words, **options):
+    command = [sys.executable, str(ROOT / "cup3.py"), *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_a_reader_that_leaves_ends_it_quietly():
+    process = started(["train", "--help"])
+    process.stdout.close()  # as `head` does when it has seen enough
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait() == 128 + signal.SIGPIPE
+
+
+def run_script(script, error=subprocess.PIPE, **environment):
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import cup3, os, signal, warnings\n{script}"
+    kept = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
+    environment = {**kept, **environment}
+    streams = {"stdout": subprocess.PIPE, "stderr": error, "text": True}
+    return subprocess.run([sys.executable, "-c", script], env=environment, **streams)
+
+
+def test_tensorflow_is_imported_without_a_word():
+    process = run_script(
+        "with cup3._without_notes():\n import tensorflow as tf\ntf.config.list_physical_devices()"
+    )
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+SAID = "I0000 00:00 port.cc: oneDNN\nlast words\n"
+SAYING = f"with cup3._without_notes():\n os.write(2, {SAID.encode()}); {{}}\nos.write(2, b'I0000 later\\n')"
+
+
+@pytest.mark.parametrize(("level", "told"), [(None, "last words\n"), ("1", "last words\n"), ("0", SAID)])
+def test_only_notes_are_kept_from_the_user_and_only_unasked(level, told):
+    environment = {} if level is None else {"TF_CPP_MIN_LOG_LEVEL": level}
+    process = run_script(SAYING.format("print('so far', file=sys.stderr)"), **environment)
+    assert (process.returncode, process.stderr) == (0, f"{told}so far\nI0000 later\n")
+
+
+def test_an_import_that_fails_tells_everything():
+    process = run_script(SAYING.format("import no_such_module"))
+    assert process.returncode == 1
+    assert process.stderr.startswith(f"{SAID}Traceback") and "no_such_module" in process.stderr
+    process = run_script(SAYING.format("signal.raise_signal(signal.SIGINT)"))
+    assert process.stderr.startswith("last words\nTraceback")  # which is no failure
+
+
+def test_an_import_that_kills_the_process_leaves_its_place():
+    process = run_script(f"def imported():\n os.abort()\n{SAYING.format('imported()')}")
+    assert process.returncode == -signal.SIGABRT
+    assert process.stderr.startswith("Fatal Python error: Aborted\n") and "in imported" in process.stderr
+    later = run_script(SAYING.format("pass") + "\nos.abort()")
+    assert later.stderr == "last words\nI0000 later\n"  # as Python has it
+    later = run_script(SAYING.format("pass") + "\nos.abort()", PYTHONFAULTHANDLER="1")
+    assert later.stderr.startswith("last words\nI0000 later\nFatal Python error: Aborted\n")
+
+
+def test_a_process_that_an_import_leaves_behind_holds_nothing_up():
+    script = "import subprocess\nwith cup3._without_notes():\n subprocess.Popen(['sleep', '20'], stdout=-3)\n"
+    started = time.monotonic()
+    process = run_script(script + "os.write(1, b'on\\n')", error=subprocess.DEVNULL)
+    assert (process.returncode, process.stdout) == (0, "on\n")
+    assert time.monotonic() - started < 15
+
+
+def test_a_warning_is_a_line_for_users():
+    script = "warnings.formatwarning = cup3._plain_warning\nwarnings.warn('2 texts cut')\n"
+    script += "warnings.warn('an old call', FutureWarning)"
+    lines = run_script(script).stderr.splitlines()
+    assert lines[0] == "warning: 2 texts cut"
+    assert lines[1].endswith("FutureWarning: an old call")

@@ -148,7 +148,7 @@ def test_refuses_bad_tests(tmp_path):
 
 def test_refuses_missing_folders_and_dictionaries(tmp_path):
     refused(tmp_path / "none", "none", "is no folder")
-    refused(tmp_path, str(tmp_path), "holds neither")
+    refused(tmp_path, str(tmp_path), "holds neither", "give --data a folder that does")
     root = cup3(tmp_path / "d")
     (root / "dictionary" / "word2Id.npy").write_bytes(b"junk")
     refused(root, "word2Id.npy", "cannot be read as a dictionary")
@@ -183,25 +183,54 @@ def test_a_folder_with_metadata(tmp_path, kind):
     assert data.test_tokens is None
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize(("kind", "header"), [("csv", 1), ("jsonl", 0)])
 @pytest.mark.parametrize(
-    ("rows", "parts"),
+    ("rows", "line", "part"),
     [
-        ([("a.png", "rose"), ("c.png", "rose")], ["row 1", "c.png does not exist"]),
-        ([("a.png", "rose"), ("../c.png", "rose")], ["row 1", "leaves the data folder"]),
-        ([("a.png", " .,"), ("a.png", "rose")], ["row 0", "expected a caption"]),
-        ([("a.png", ""), ("a.png", "rose")], ["row 0", "expected a caption"]),
-        ([], ["has no rows"]),
+        ([("a.png", "rose"), ("c.png", "rose")], 2, "c.png does not exist; mend the path, or remove the row"),
+        ([("a.png", "rose"), ("../c.png", "rose")], 2, "leaves the data folder"),
+        ([("a.png", " .,"), ("a.png", "rose")], 1, "expected a caption"),
+        ([("a.png", ""), ("a.png", "rose")], 1, "expected a caption"),
+        ([], None, "has no rows"),
     ],
 )
-def test_refuses_metadata_rows(tmp_path, kind, rows, parts):
-    refused(metadata(tmp_path / "d", kind, rows), f"metadata.{kind}", *parts)
+def test_refuses_metadata_rows_by_their_line(tmp_path, kind, header, rows, line, part):
+    place = f": line {line + header}: " if line else ""
+    refused(metadata(tmp_path / "d", kind, rows), f"metadata.{kind}{place}", part)
+
+
+def test_a_line_is_that_of_the_file_where_texts_and_gaps_take_several(tmp_path):
+    folder = metadata(tmp_path / "d", "csv")
+    (folder / "metadata.csv").write_text('file_name,text\na.png,"a\nrose"\n\nc.png,rose\n')
+    refused(folder, "metadata.csv: line 5: image")
+    (folder / "metadata.csv").unlink()
+    (folder / "metadata.jsonl").write_text('\n{"file_name": "c.png", "text": "rose"}\n')
+    refused(folder, "metadata.jsonl: line 2: image")
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+@pytest.mark.parametrize("header", ["file_name{}text", '"file_name"{}"text"', "number{}text{}file_name"])
+def test_tables_of_semicolons_and_tabs_are_read(tmp_path, delimiter, header):
+    folder = metadata(tmp_path / "d", "csv")
+    names = header.replace('"', "").split("{}")
+    rows = [{"number": "1", "file_name": name, "text": text} for name, text in ROWS]
+    lines = [
+        header.format(delimiter, delimiter),
+        *(delimiter.join(row[name] for name in names) for row in rows),
+    ]
+    expected = load_data(folder)
+    (folder / "metadata.csv").write_text("\ufeff" + "\r\n".join(lines) + "\r\n", encoding="utf-8")
+    found = load_data(folder)
+    assert found.paths == expected.paths and found.vocabulary.words == expected.vocabulary.words
+    for own, other in zip(found.captions, expected.captions, strict=True):
+        np.testing.assert_array_equal(own, other)
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_refuses_metadata_without_the_columns(tmp_path, kind):
     folder = metadata(tmp_path / "d", kind, names=("file", "text"))
-    refused(folder, f"metadata.{kind}", "column file_name is missing", "received file, text")
+    parts = ["column file_name is missing", "received file, text", "expected file_name and text"]
+    refused(folder, f"metadata.{kind}", *parts)
 
 
 @pytest.mark.parametrize(
@@ -211,8 +240,18 @@ def test_refuses_metadata_without_the_columns(tmp_path, kind):
         ("metadata.jsonl", b"[1]", ["line 1", "expected an object"]),
         ("metadata.jsonl", b"\xff\xff", ["cannot be read as UTF-8"]),
         ("metadata.jsonl", b"", ["has no rows"]),
-        ("metadata.csv", b"file_name,text\na.png,\xff", ["cannot be read as CSV in UTF-8"]),
-        ("metadata.csv", b"file_name,text\na.png\n", ["row 0", "expected a caption"]),
+        ("metadata.csv", b"file_name,text\na.png,\xff", ["cannot be read as CSV in UTF-8", "'CSV UTF-8'"]),
+        ("metadata.csv", b"file_name,text\na.png\n", ["line 2", "expected a caption"]),
+        (
+            "metadata.csv",
+            b"file_name;text\na.png;a;b\n",
+            ["line 2 has 3 fields, expected 2", "with semicolons"],
+        ),
+        (
+            "metadata.csv",
+            b"file_name|text\na.png|a\n",
+            ["column file_name is missing; received file_name|text"],
+        ),
         ("metadata.csv", b"", ["column file_name is missing"]),
         (
             "metadata.csv",

@@ -40,6 +40,12 @@ def test_gpus_that_are_not_there_are_refused(three_gpus, gpus):
         strategy_on(gpus, {})
 
 
+def test_where_there_is_no_gpu_the_refusal_says_so(monkeypatch):
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
+    with pytest.raises(InputError, match="received '0', expected all, .* but TensorFlow finds no GPU here$"):
+        strategy_on("0", {})
+
+
 def test_a_batch_that_the_gpus_cannot_share_is_refused(three_gpus):
     with pytest.raises(InputError, match="--batch-size: received 8, expected a multiple of the 3 GPUs"):
         strategy_on("all", {"--vae-training.batch-size": (6, None), "--batch-size": (8, None)})

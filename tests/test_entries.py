@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import shutil
 import time
 
 import numpy as np
@@ -86,6 +87,11 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(run, capsys, how):
     for step in (1, 2):
         spoil(run.path / "checkpoints" / "vae" / f"{step:08d}", how)
     with pytest.raises(InputError, match="all 2 checkpoints are damaged"):
+        run.latest("vae")
+    shutil.rmtree(run.path / "checkpoints" / "vae" / "00000001")
+    with pytest.raises(
+        InputError, match="the only checkpoint is damaged; remove it to start the stage again"
+    ):
         run.latest("vae")
 
 

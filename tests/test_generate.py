@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import warnings
 
 import numpy as np
 import pytest
@@ -133,6 +134,19 @@ def test_pixels_become_images_by_rounding_and_clipping():
     np.testing.assert_array_equal(to_images(every / 127.5 - 1), every)
 
 
+def test_words_that_the_run_does_not_know_are_named_once(run_path, tmp_path, capsys):
+    request = {"steps": 1, "guidance": 1, "out": tmp_path}
+    with pytest.warns(UserWarning) as caught:
+        write_pictures(run_path, ["a zebra in one flower", "Zebra!"], **request)
+    line = f"{run_path} was trained without the words zebra, in: read as <RARE>, any rare word"
+    assert [str(warning.message) for warning in caught] == [line]
+    assert capsys.readouterr().out.startswith("2 pictures and grid.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_pictures(run_path, ["one red flower"], **request)
+    assert capsys.readouterr().out.startswith("1 picture and grid.png")
+
+
 @pytest.mark.parametrize(
     ("request_", "line"),
     [
@@ -208,7 +222,9 @@ def test_without_a_best_load_takes_the_newest(tmp_path, networks):
 def test_a_run_that_has_not_trained_a_u_net_yet_is_refused(tmp_path, networks):
     with RunFolder.open(tmp_path / "run", to_dict(CONFIG)) as run:
         run.finish("vae", collect(named_variables(networks.vae), "vae"), {})
-    with pytest.raises(InputError, match="has trained no U-Net yet; expected one with a checkpoint"):
+    with pytest.raises(
+        InputError, match="has trained no U-Net yet; expected one with a checkpoint: give its t"
+    ):
         load(tmp_path / "run")
     with pytest.raises(InputError, match=r"without config\.json, expected the folder of a run"):
         load(tmp_path)
@@ -229,7 +245,8 @@ def test_every_picture_is_a_png_that_says_what_it_is(run_path, painter, tmp_path
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\ufeffone red flower\n\n  \ntwo green leaves\r\n", encoding="utf-8")
     settings = {"count": 2, "seed": 3, "steps": STEPS, "guidance": GUIDANCE}
-    paths = write_pictures(run_path, ["äther"], prompts, **settings, out=tmp_path / "a" / "b")
+    with pytest.warns(UserWarning, match="without the word äther: read as <RARE>"):
+        paths = write_pictures(run_path, ["äther"], prompts, **settings, out=tmp_path / "a" / "b")
     texts = ["äther", "one red flower", "two green leaves"]
     assert [path.name for path in paths] == [f"{index:04d}.png" for index in range(6)]
     expected = drawn(painter, texts, count=2, seed=3)
@@ -281,6 +298,9 @@ def test_a_refused_request_writes_nothing(run_path, tmp_path, request_, line):
 
 
 def test_a_prompts_file_that_is_no_text_is_refused(run_path, tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    with pytest.raises(InputError, match=r"empty\.txt, which is empty; expected a sentence a line"):
+        write_pictures(run_path, prompts=tmp_path / "empty.txt", out=tmp_path / "out")
     (tmp_path / "prompts.txt").write_bytes(b"\xff\xfe\x00flower\x9d")
     with pytest.raises(InputError, match="expected a text file in UTF-8"):
         write_pictures(run_path, prompts=tmp_path / "prompts.txt", out=tmp_path / "out")
@@ -289,7 +309,9 @@ def test_a_prompts_file_that_is_no_text_is_refused(run_path, tmp_path):
 def test_a_folder_that_cannot_be_written_is_refused(run_path, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(Painter, "draw", lambda *request: pytest.fail("refused only after drawing"))
-    with pytest.raises(InputError, match=r"--out: received .*file, which cannot be written \(File exists\)"):
+    with pytest.raises(
+        InputError, match=r"--out: received .*file, which cannot be written \(File exists\); give an"
+    ):
         write_pictures(run_path, ["one red flower"], out=tmp_path / "file")
 
 

@@ -56,13 +56,18 @@ def test_text_from_takes_the_text_encoder_of_another_run_as_it_is(finished, flow
             np.testing.assert_array_equal(masks[nearest], mask)
 
 
-def test_a_text_encoder_of_other_words_or_none_is_refused(finished, photographs, tmp_path, capsys):
+def test_a_text_encoder_of_other_words_or_shape_or_none_is_refused(
+    finished, flowers, photographs, tmp_path, capsys
+):
     changes = {"training.validation_fraction": 0.25}
     other_words = words(photographs, tmp_path / "run", text_from=finished[0], **changes)
     line = f"--text-from: received {finished[0]}, whose words are not those of the data"
-    assert refusal(capsys, other_words) == line
+    assert refusal(capsys, other_words) == f"{line}; expected a run of the same data"
     with RunFolder.open(tmp_path / "bare", {"seed": 0}):
         pass
     bare = refusal(capsys, words(photographs, tmp_path / "run", text_from=tmp_path / "bare", **changes))
     assert bare == f"--text-from: received {tmp_path / 'bare'}, expected a run with a trained text encoder"
+    other_shape = words(flowers, tmp_path / "run", text_from=finished[0], **{"text_encoder.width": 16})
+    line = f"--text-from: received {finished[0]}, whose --text-encoder.width is 8, expected 16"
+    assert refusal(capsys, other_shape) == f"{line}; give --text-encoder.width 8"
     assert not (tmp_path / "run").exists()

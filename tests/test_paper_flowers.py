@@ -234,7 +234,7 @@ def test_data_that_would_be_drawn_otherwise_are_refused_and_left_alone(written, 
         paper_flowers.require_same(folder, train=7, test=5, size=32)
     assert str(refusal.value).startswith(f"{folder}: received paper flowers of {line}")
     assert str(refusal.value).endswith(
-        "; remove or rename the folder to have them drawn anew, or name another folder with --data"
+        "; rename the folder to have them drawn anew; to train on these, give its new name to --data"
     )
     assert contents(folder) == before
 

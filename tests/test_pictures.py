@@ -123,6 +123,15 @@ def test_one_line_counts_all_kinds(tmp_path):
     assert len(caught) == 1
 
 
+def test_a_warning_counts_pictures_that_were_smaller(tmp_path):
+    paths = []
+    for width, height in ((16, 20), (15, 40), (40, 9)):
+        paths.append(save(tmp_path / f"{width}.png", np.zeros((height, width, 3), np.uint8)))
+    with pytest.warns(UserWarning, match="^pictures enlarged to 16 px: 2 of 3$") as caught:
+        read_pictures(paths, 16, progress=False)
+    assert len(caught) == 1
+
+
 def test_rgb_warns_of_nothing(tmp_path):
     save(tmp_path / "a.png", gradient())
     with warnings.catch_warnings():

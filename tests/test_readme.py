@@ -1,12 +1,20 @@
-"""What the documents say can be done: their commands parse, their files and links exist."""
+"""What the documents say can be done: commands parse, the Python example runs, files and links exist."""
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import cup3
+from checkpoint import RunFolder, collect, named_variables
+from config import Config, TextEncoderConfig, UNetConfig, VAEConfig, to_dict
+from dataset import paper_flowers
+from generate import make_diffusion, make_vae
+from input_pipeline import load_data
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -14,6 +22,7 @@ DOCUMENTS = [
 ]
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 MARKED = re.compile(r"^<!-- test: (\S+) -->\n+```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PYTHON = re.compile(r"^<!-- test: python -->\n+```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]+)|(?:src|href)=\"([^\"#]+)\"")
 
 
@@ -84,6 +93,50 @@ def test_what_they_install_is_there(marked, mark):
     files = [word for words in marked[mark] if "install" in words for word in words if word.endswith(".txt")]
     assert files
     assert all((ROOT / file).exists() for file in files)
+
+
+@pytest.fixture
+def tiny_run(tmp_path, monkeypatch):
+    """A working folder with a run and the data of the default preset, both tiny."""
+    monkeypatch.chdir(tmp_path)
+    config = Config(
+        image_size=32,
+        vae=VAEConfig((4, 4), (0, 0), latent_channels=2, groups=2),
+        text_encoder=TextEncoderConfig(width=8, layers=1, heads=2),
+        unet=UNetConfig((8,), (True,), blocks=0, head_channels=4, groups=4, ff_expansion=1),
+    )
+    paper_flowers.write(config.data, train=24, test=1, size=32, progress=False)
+    vocabulary, vae = load_data(config.data).vocabulary, make_vae(config)
+    tensors = {}
+    for name, network in zip(("unet", "text_encoder"), make_diffusion(config, vocabulary), strict=True):
+        tensors |= collect(named_variables(network), f"ema_{name}")
+    with RunFolder.open(config.run, to_dict(config)) as run:
+        vocabulary.save(run.vocabulary_path)
+        run.finish("vae", collect(named_variables(vae), "vae"), {})
+        run.save_best("diffusion", 0.1, 0.1, 0.1, tensors, {"step": 1})
+    return tmp_path
+
+
+def test_the_python_example_runs(tiny_run):
+    (example,) = PYTHON.findall((ROOT / "README.md").read_text())
+    names = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert int(names["trainer"].optimizer.iterations) == 40
+    pictures = {}
+    for file in tiny_run.glob("*.png"):
+        with Image.open(file) as picture:
+            pictures[file.stem] = np.asarray(picture).astype(int)
+            assert picture.text["prompt"] == names["sentence"]
+    assert pictures.keys() == {"pink_7", "pink_8", "pink_7_trained_on"}
+    assert {picture.shape for picture in pictures.values()} == {(32, 32, 3)}
+    assert np.abs(pictures["pink_7"] - pictures["pink_7_trained_on"]).max() > 0  # it has learned something
+
+
+def test_the_readme_names_the_flags_of_data_with_their_defaults():
+    table = re.search(r"\| flag of `data` .*?\n\n", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    named = {flag: int(value) for flag, value in re.findall(r"`--(\w+) (\d+)`", table)}
+    assert cup3.parse(["data"])[1] == cup3.Data(**named)
+    assert {*named, "out"} == {item.name for item in dataclasses.fields(cup3.Data)}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))

@@ -36,16 +36,37 @@ def test_another_config_is_refused_with_each_differing_key(run):
     assert str(refusal.value) == (
         f"{run.path / 'config.json'}: another config: seed received 2, expected 1; "
         "unet received {}, expected nothing; unet.width received nothing, expected 96; "
-        "vae.tricks received True, expected nothing"
+        "vae.tricks received True, expected nothing; give --run another folder, or the settings of this one"
     )
+    with pytest.raises(InputError) as early:
+        RunFolder.check(run.path, config)
+    assert str(early.value) == str(refusal.value)
     assert (run.path / "config.json").read_bytes() == before
     RunFolder.open(run.path, CONFIG).close()  # the refusal left no lock
 
 
+def test_checking_a_folder_makes_and_changes_nothing(run, tmp_path):
+    RunFolder.check(tmp_path / "new", CONFIG)
+    assert not (tmp_path / "new").exists()
+    before = {path: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
+    with pytest.raises(
+        InputError, match=f"process {os.getpid()} works on this run.* give --run another folder"
+    ):
+        RunFolder.check(run.path, CONFIG)
+    run.close()
+    RunFolder.check(run.path, CONFIG)
+    assert {path: path.read_bytes() for path in before} == before
+    RunFolder.open(run.path, CONFIG).close()  # and holds nothing
+
+
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(InputError, match=r"holds thesis\.txt and no config\.json"):
+    with pytest.raises(
+        InputError, match=r"holds thesis\.txt and no config\.json.* give --run another folder"
+    ):
         RunFolder.open(tmp_path, CONFIG)
+    with pytest.raises(InputError, match=r"holds thesis\.txt and no config\.json"):
+        RunFolder.check(tmp_path, CONFIG)
     with pytest.raises(InputError, match="received a file, expected a folder"):
         RunFolder.open(tmp_path / "thesis.txt", CONFIG)
     assert os.listdir(tmp_path) == ["thesis.txt"]

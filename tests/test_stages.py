@@ -118,12 +118,16 @@ def test_the_grids_and_curves_are_pictures(finished):
         assert curves.width > 3 * 400  # two stages and KID
 
 
-def test_the_run_says_what_it_does_and_where_things_are(finished):
+def test_the_run_says_what_it_does_and_where_things_are(finished, flowers):
     folder, printed = finished
     for stage in ("data", "autoencoder", "latents", "diffusion", "pictures"):
         assert f"\n== {stage}\n" in printed
         assert re.search(rf"^   {stage}: \d+\.\d s$", printed, re.MULTILINE)
     assert "48 pictures of 32 px, 6 of them for validation" in printed
+    assert re.search(rf"^   from {flowers}$", printed, re.MULTILINE)
+    assert "note: " not in printed  # that is for the built-in data
+    assert re.search(r"^training on (GPU:|the CPU: )", printed, re.MULTILINE)
+    assert re.search(r"^   of 8 test captions the pictures follow: petal color", printed, re.MULTILINE)
     best = RunFolder.read(folder).best_state("diffusion")
     assert f"of epoch {best['epoch']}, KID {best['value']:.4f}" in printed
     assert f'python cup3.py generate --run {folder} --prompt "' in printed
@@ -275,6 +279,7 @@ def test_another_config_is_refused_with_its_keys(finished, flowers, capsys):
     line = refusal(capsys, words(flowers, folder, seed=1, **{"unet.groups": 2}))
     assert line == (
         f"{folder / 'config.json'}: another config: seed received 1, expected 0; unet.groups received 2, expected 4"
+        "; give --run another folder, or the settings of this one"
     )
     assert {path: path.read_bytes() for path in before} == before
 
@@ -306,7 +311,10 @@ def test_a_run_folder_that_cannot_be_written_is_refused(flowers, tmp_path, monke
         ({"batch_size": -8}, "--batch-size: received -8, expected a finite number, at least 1"),
         ({"gpus": "7"}, "--gpus: received '7', expected all, none, or indices below"),
         ({"data": "absent"}, "absent: is no folder"),
-        ({"training.validation_fraction": 0.04}, "holds out 2; expected at least 3 for KID"),
+        (
+            {"training.validation_fraction": 0.04},
+            "holds out 2; expected at least 3 for KID: give --training.validation-fraction 0.06, or more pictures",
+        ),
         ({"evaluation.weights": "absent.pth"}, "absent.pth"),
     ],
 )

@@ -40,6 +40,19 @@ def test_truncation_warns_once_and_counts(vocabulary):
     assert tokens.tolist() == [[3, 3, 3, 3], [3, 5, 5, 5], [1, 1, 1, 1]]
 
 
+def test_one_text_that_is_cut_is_no_plural(vocabulary):
+    with pytest.warns(UserWarning, match="^1 of 1 text cut to its first 4 words$"):
+        vocabulary.encode(["pink " * 5])
+
+
+def test_unknown_words_are_named_once_each_and_are_those_that_become_rare(vocabulary):
+    texts = ["Pink zebra, flower-zebra!", "<RARE> a zebra", "petals", "<PAD>"]
+    assert vocabulary.unknown(texts) == ["zebra", "a", "pad"]
+    assert vocabulary.unknown(["pink <RARE>", ""]) == []
+    for word in ("zebra", "a", "pad"):
+        assert vocabulary.encode([word])[0][0, 0] == vocabulary.rare_id
+
+
 def test_no_warning_at_exactly_the_length(vocabulary):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
