@@ -74,11 +74,9 @@ class VAETrainingConfig:
     """How the autoencoder is trained (`trainer.VAETrainer`)."""
 
     epochs: int = 4  # rounds of `steps_per_epoch`
-    steps_per_epoch: int | None = 325  # None: one pass over the training pictures
+    steps_per_epoch: int | None = 350  # None: one pass over the training pictures
     batch_size: int = 8  # pictures a step, over all devices
-    micro_batches: int | None = (
-        None  # parts of a batch whose gradients are added up; None: 2 on a CPU, 1 on GPUs
-    )
+    micro_batches: int | None = None  # parts of a batch with gradients added up; None: 2 on a CPU, 1 on GPUs
     optimizer: str = "muon"  # adamw or muon; their learning rates differ
     learning_rate: float = 4e-3  # peak of the schedule; for adamw about 1e-3
     warmup_steps: int = 100  # linear warm-up, then cosine decay to a hundredth
@@ -94,12 +92,10 @@ class VAETrainingConfig:
 class TrainingConfig:
     """How the U-Net and the text encoder are trained (`trainer.LatentDiffusionTrainer`)."""
 
-    epochs: Annotated[int, tyro.conf.arg(prefix_name=False)] = 20  # rounds of `steps_per_epoch`
+    epochs: Annotated[int, tyro.conf.arg(prefix_name=False)] = 23  # rounds of `steps_per_epoch`
     steps_per_epoch: int | None = None  # None: one pass over the training pictures
     batch_size: Annotated[int, tyro.conf.arg(prefix_name=False)] = 64  # pictures a step, over all devices
-    micro_batches: int | None = (
-        None  # parts of a batch whose gradients are added up; None: 2 on a CPU, 1 on GPUs
-    )
+    micro_batches: int | None = None  # parts of a batch with gradients added up; None: 2 on a CPU, 1 on GPUs
     optimizer: str = "muon"  # adamw or muon; their learning rates differ
     learning_rate: float = 4e-3  # peak of the schedule; for adamw about 1e-3
     warmup_steps: int = 100  # linear warm-up, then cosine decay to a hundredth
@@ -121,9 +117,10 @@ class EvaluationConfig:
     size: int = 224  # side that pictures are resized to for it; 75 or 299 for inception_v3
     weights: str | None = None  # local file of the feature network's weights
     images: int = 256  # pictures drawn each time KID is measured
-    every: int = 10  # epochs between two measurements; the first and the last are measured anyway
+    every: int = 12  # epochs between two measurements; the first and the last are measured anyway
     steps: int = 20  # sampler steps
     guidance: float = 3.0  # strength of classifier-free guidance; 1 is off
+    guidance_interval: tuple[float, float] = (0.3, 0.7)  # least and most diffusion time to guide at
     batch_size: int = 64  # pictures drawn at once
     previews: int = 16  # captions in the grid of every epoch
 
@@ -194,7 +191,7 @@ CUP3 = Config(
         validation_fraction=0.1,
         latent_crops=4,
     ),
-    evaluation=EvaluationConfig(size=224, images=512, guidance=3.0, batch_size=32),
+    evaluation=EvaluationConfig(images=512, guidance_interval=(0.0, 1.0), batch_size=32),
 )
 
 
@@ -317,6 +314,7 @@ def check(config: Config) -> None:
         raise InputError(
             f"--evaluation.guidance: received {config.evaluation.guidance}, expected a finite number"
         )
+    check_interval("--evaluation.guidance-interval", config.evaluation.guidance_interval)
     _check_widths(config)
     factor = 2 ** (len(config.vae.level_channels) - 1)
     if config.image_size % factor:
@@ -341,6 +339,18 @@ def check(config: Config) -> None:
         raise InputError(f"--gpus: received {config.gpus!r}, expected all, none, or indices such as 0,2")
     if config.train_vae is False and config.vae_from is None:
         raise InputError("--no-train-vae: expected --vae-from, the run to take a trained autoencoder from")
+
+
+def check_interval(name, interval) -> None:
+    """Refuses what is no interval of diffusion times, by the name of its setting.
+
+    Raises:
+        InputError: it is not (least, most) within 0 to 1.
+    """
+    if not 0 <= interval[0] < interval[1] <= 1:
+        raise InputError(
+            f"{name}: received {tuple(interval)}, expected the least and the most time, within 0 to 1"
+        )
 
 
 def _least_values(config):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import parallel
 from checkpoint import RunFolder, assign, named_variables
-from config import Config, from_dict, part
+from config import Config, check_interval, from_dict, part
 from diffusion.samplers import ddim, guide, uniform_times
 from diffusion.schedule import Process
 from errors import InputError
@@ -27,6 +27,7 @@ from model.text_encoder import VocabularyEncoder
 from model.unet import UNet
 from model.vae import AutoencoderKL
 
+ALWAYS = (0.0, 1.0)  # the interval of all diffusion times
 NOISE_KEY = 0x6E6F6973  # tells the noise of pictures from every other stateless draw
 
 
@@ -106,11 +107,12 @@ class Painter:
             tf.TensorSpec([None], tf.int64),
             tf.TensorSpec([None], tf.float32),
             tf.TensorSpec([], tf.float32),
+            tf.TensorSpec([2], tf.float32),
         ]
         self._plain = tf.function(functools.partial(self._draw, guided=False), input_signature=signature)
         self._guided = tf.function(functools.partial(self._draw, guided=True), input_signature=signature)
 
-    def draw(self, tokens, seeds, steps=20, guidance=2.5, progress=None):
+    def draw(self, tokens, seeds, steps=20, guidance=2.5, interval=ALWAYS, progress=None):
         """Draws one picture a row, lazily.
 
         Args:
@@ -118,6 +120,7 @@ class Painter:
             seeds: N whole numbers; a picture depends on its own seed and tokens only.
             steps: sampler steps.
             guidance: strength of classifier-free guidance; 1 is off.
+            interval: (least, most) diffusion time to guide at.
             progress: a label for a progress bar, or None.
 
         Yields:
@@ -130,16 +133,17 @@ class Painter:
                 rows = slice(start, start + self.batch_size)
                 mask = self.networks.vocabulary.mask(tokens[rows])
                 draw = self._plain if guidance == 1 else self._guided
-                yield from np.asarray(draw(tokens[rows], mask, seeds[rows], uniform_times(steps), guidance))
+                inputs = tokens[rows], mask, seeds[rows], uniform_times(steps), guidance, interval
+                yield from np.asarray(draw(*inputs))
                 bar.update(len(tokens[rows]))
 
-    def _draw(self, tokens, mask, seeds, times, guidance, guided):
+    def _draw(self, tokens, mask, seeds, *settings, guided):
         def draw(tokens, mask, seeds):
-            return self._draw_part(tokens, mask, seeds, times, guidance, guided)
+            return self._draw_part(tokens, mask, seeds, *settings, guided)
 
         return parallel.joined(draw, [tokens, mask, seeds], [self.image_size, self.image_size, 3], "uint8")
 
-    def _draw_part(self, tokens, mask, seeds, times, guidance, guided):
+    def _draw_part(self, tokens, mask, seeds, times, guidance, interval, guided):
         vae, text_encoder, unet, process, vocabulary = self.networks
         context = text_encoder([tokens, mask])
         if guided:
@@ -153,7 +157,7 @@ class Painter:
             return process.denoised(unet([x, t, context, mask]), x, t)
 
         noise = noise_of(seeds, self.latent_shape)
-        latents = ddim(guide(denoise, guidance) if guided else denoise, noise, times, process.rates)
+        latents = ddim(guide(denoise, guidance, interval) if guided else denoise, noise, times, process.rates)
         return to_images(vae.decode(latents))
 
 
@@ -171,14 +175,14 @@ def to_images(pixels):
     return ops.cast(ops.round(ops.clip(ops.cast(pixels, "float32") * 127.5 + 127.5, 0.0, 255.0)), "uint8")
 
 
-def generate(painter, prompts, count=1, seed=0, steps=20, guidance=2.5, progress=None):
+def generate(painter, prompts, count=1, seed=0, steps=20, guidance=2.5, interval=ALWAYS, progress=None):
     """Draws `count` pictures of every prompt, lazily; picture k of a prompt has the seed `seed + k`.
 
     Args:
         painter: a `Painter`.
         prompts: list of str.
         count: pictures a prompt.
-        seed, steps, guidance, progress: see `Painter.draw`.
+        seed, steps, guidance, interval, progress: see `Painter.draw`.
 
     Yields:
         Picture.
@@ -187,9 +191,10 @@ def generate(painter, prompts, count=1, seed=0, steps=20, guidance=2.5, progress
         InputError: no prompt, an empty one, or a count, a seed, a number of steps or a guidance that cannot be.
     """
     _check_request(prompts, count, seed, steps, guidance)
+    check_interval("interval", interval)
     tokens, _ = painter.networks.vocabulary.encode(prompts)
     seeds = np.tile(seed + np.arange(count), len(prompts))
-    images = painter.draw(np.repeat(tokens, count, axis=0), seeds, steps, guidance, progress)
+    images = painter.draw(np.repeat(tokens, count, axis=0), seeds, steps, guidance, interval, progress)
     for index, image in enumerate(images):
         yield Picture(image, prompts[index // count], int(seeds[index]))
 
@@ -211,7 +216,16 @@ def _check_request(prompts, count, seed, steps, guidance):
 
 
 def write_pictures(
-    run, prompt=(), prompts=None, count=1, seed=0, steps=None, guidance=None, batch_size=16, out="pictures"
+    run,
+    prompt=(),
+    prompts=None,
+    count=1,
+    seed=0,
+    steps=None,
+    guidance=None,
+    guidance_interval=None,
+    batch_size=16,
+    out="pictures",
 ):
     """Draws pictures with a run and writes them, one PNG each and a captioned `grid.png`.
 
@@ -220,7 +234,8 @@ def write_pictures(
         prompt: sentences.
         prompts: a text file with a sentence a line, or None.
         count, seed: see `generate`.
-        steps, guidance: sampler steps and strength of guidance; None takes the run's.
+        steps, guidance, guidance_interval: sampler steps, strength of guidance and the times it acts at; None takes
+            the run's.
         batch_size: pictures drawn at once.
         out: folder for the files; it is made.
 
@@ -236,7 +251,9 @@ def write_pictures(
     networks, config = load(run)
     steps = config.evaluation.steps if steps is None else steps
     guidance = config.evaluation.guidance if guidance is None else guidance
+    interval = config.evaluation.guidance_interval if guidance_interval is None else guidance_interval
     _check_request(texts, count, seed, steps, guidance)
+    check_interval("--guidance-interval", interval)
     unknown = networks.vocabulary.unknown(texts)
     if unknown:
         warnings.warn(
@@ -248,9 +265,10 @@ def write_pictures(
     folder, pictures, paths = Path(out), [], []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for picture in generate(painter, texts, count, seed, steps, guidance, progress="drawing"):
+        drawn = {"steps": steps, "guidance": guidance}
+        for picture in generate(painter, texts, count, seed, interval=interval, progress="drawing", **drawn):
             paths.append(folder / f"{len(pictures):04d}.png")
-            save_png(picture, paths[-1], steps=steps, guidance=guidance, run=run)
+            save_png(picture, paths[-1], **drawn, guidance_interval=list(interval), run=run)
             pictures.append(picture)
         grid = captioned_grid(
             [picture.image for picture in pictures], [picture.prompt for picture in pictures]

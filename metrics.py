@@ -39,6 +39,8 @@ class Protocol:
     sampler: str
     steps: int
     guidance: float
+    guidance_from: float  # least diffusion time of guidance
+    guidance_to: float  # and most
     ema: bool  # whether the averaged network drew
     seed: int
 

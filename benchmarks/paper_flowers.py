@@ -69,6 +69,7 @@ def measure(options):
     settings = {
         "steps": config.evaluation.steps if options.steps is None else options.steps,
         "guidance": config.evaluation.guidance if options.guidance is None else options.guidance,
+        "interval": config.evaluation.guidance_interval,
     }
     painter = Painter(networks, config.image_size, config.evaluation.batch_size)
     tests = networks.vocabulary.decode(data.test_tokens[: options.count])

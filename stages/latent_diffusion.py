@@ -105,7 +105,7 @@ def _trainer(config, data, vae, features, text):
         kid=KID(features),
         kid_images=data.whole(data.validation_ids, config.image_size),
         kid_tokens=data.validation_tokens[: judge.images],
-        draw={"steps": judge.steps, "guidance": judge.guidance},
+        draw={"steps": judge.steps, "guidance": judge.guidance, "interval": judge.guidance_interval},
         draw_batch=judge.batch_size,
         micro_batches=config.training.micro_batches,
     )
@@ -140,6 +140,8 @@ def _protocol(config, trainer, data):
         sampler="ddim",
         steps=config.evaluation.steps,
         guidance=config.evaluation.guidance,
+        guidance_from=config.evaluation.guidance_interval[0],
+        guidance_to=config.evaluation.guidance_interval[1],
         ema=True,  # the averaged networks draw
         seed=0,
     ).to_dict()

@@ -179,6 +179,8 @@ def protocol():
         sampler="heun",
         steps=20,
         guidance=2.5,
+        guidance_from=0.3,
+        guidance_to=0.7,
         ema=True,
         seed=0,
     )
