@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from diffusion.schedule import diffuse, target_of
+from diffusion.targets import diffuse, target_of
 from generate import Networks, Painter, captioned_grid, to_images
 from metrics import KID
 from model.vae import kl_divergence, sample_posterior
