@@ -16,8 +16,10 @@ from tqdm import tqdm
 
 from checkpoint import RunFolder, assign, named_variables
 from config import Config, from_dict, part
-from diffusion.samplers import ddim, guide, uniform_times
+from diffusion.guidance import guide
+from diffusion.samplers import ddim
 from diffusion.schedule import Process
+from diffusion.times import uniform_times
 from errors import InputError
 from input_pipeline import Vocabulary, atomic_file
 from model.text_encoder import VocabularyEncoder

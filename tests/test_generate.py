@@ -12,7 +12,7 @@ from PIL import Image
 import generate
 from checkpoint import RunFolder, collect, named_variables
 from config import Config, TextEncoderConfig, UNetConfig, VAEConfig, to_dict
-from diffusion.samplers import uniform_times
+from diffusion.times import uniform_times
 from errors import InputError
 from generate import Painter, Picture, captioned_grid, load, noise_of, save_png, to_images, write_pictures
 from input_pipeline import Vocabulary

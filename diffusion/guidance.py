@@ -1,0 +1,115 @@
+"""Wrappers of `denoise`, each a `denoise` again: guidance, thresholding and inpainting; and ways between two samples.
+
+They act on predicted clean latents (B, h, w, C), so they hold for every schedule, target and sampler.
+"""
+
+from keras import ops
+
+from diffusion._checks import within
+
+AXES = (1, 2, 3)  # of a sample
+
+
+def guide(denoise_pair, guidance, rescale=0.0, interval=None):
+    """Classifier-free guidance (Ho & Salimans 2022).
+
+    Args:
+        denoise_pair: like `denoise`, over a batch of twice the size: the first half with its context, the second with
+            none, or with a negative prompt's.
+        guidance: scalar; 1 is the conditional prediction itself, larger follows the context more strongly.
+        rescale: how far each sample of the result gets back the standard deviation of the conditional prediction (Lin
+            et al. 2023, section 3.4; 0.7 there).
+        interval: (least, most) time to guide at; elsewhere guidance is 1 (Kynkäänniemi et al. 2024).
+
+    Returns:
+        A `denoise` over the single batch: unconditional + guidance * (conditional - unconditional).
+
+    Raises:
+        ValueError: a number that is NaN or out of range.
+    """
+    return _guided(
+        lambda x, t: ops.split(denoise_pair(ops.concatenate([x, x], axis=0), t), 2, axis=0),
+        guidance,
+        rescale,
+        interval,
+    )
+
+
+def autoguide(denoise, weak, guidance, rescale=0.0, interval=None):
+    """Guides `denoise` away from `weak`, a worse model of the same data: smaller, or trained less (Karras et al. 2024).
+
+    The other arguments, result and errors are those of `guide`.
+    """
+    return _guided(lambda x, t: (denoise(x, t), weak(x, t)), guidance, rescale, interval)
+
+
+def _guided(predict, guidance, rescale, interval):
+    within("guidance", guidance, -1e6, 1e6)
+    within("rescale", rescale, 0, 1)
+    within("guidance interval", interval or (), 0, 1)
+
+    def denoise(x, t):
+        wanted, other = predict(x, t)
+        inside = True if interval is None else ops.logical_and(t >= interval[0], t <= interval[1])
+        strength = guidance if interval is None else ops.where(inside, guidance, 1.0)
+        guided = other + strength * (wanted - other)
+        if not rescale:
+            return guided
+        ratio = ops.std(wanted, axis=AXES, keepdims=True) / ops.std(guided, axis=AXES, keepdims=True)
+        return guided * (rescale * ratio + (1.0 - rescale))
+
+    return denoise
+
+
+def threshold(denoise, share=0.995, limit=1.0):
+    """Dynamic thresholding (Saharia et al. 2022, section 2.3): strong guidance does not saturate a sample.
+
+    Args:
+        denoise: see `samplers`.
+        share: of a sample's magnitudes; those above that quantile are cut, and all shrunk until it is `limit`.
+        limit: the largest magnitude of the data: 1 for pixels. Latents have no such bound; 3 to 4 deviations are near.
+    """
+    within("share", share, 0, 1)
+    within("limit", limit, 1e-3, 1e3)
+
+    def thresholded(x, t):
+        clean = denoise(x, t)
+        largest = ops.quantile(ops.abs(clean), share, axis=AXES, keepdims=True)
+        largest = ops.maximum(largest, limit)
+        return ops.clip(clean, -largest, largest) * (limit / largest)
+
+    return thresholded
+
+
+def inpaint(denoise, latents, mask):
+    """Draws only where `mask` is 1. Elsewhere the prediction is the known latents, so any sampler keeps them, each time
+    with that time's noise, and ends with themselves.
+
+    Args:
+        denoise: see `samplers`.
+        latents: (B, h, w, C), the known ones.
+        mask: (B or 1, h, w, 1), 0 keeps, 1 draws anew, between mixes.
+
+    Raises:
+        ValueError: a mask of another size.
+    """
+    expected = (*latents.shape[1:3], 1)
+    if len(mask.shape) != 4 or tuple(mask.shape[1:]) != expected:
+        raise ValueError(
+            f"mask must be of shape (B, {', '.join(map(str, expected))}). Received: {tuple(mask.shape)}"
+        )
+    return lambda x, t: mask * denoise(x, t) + (1.0 - mask) * latents
+
+
+def lerp(start, end, share):
+    """The point at `share` of the straight way, for two contexts."""
+    return (1.0 - share) * start + share * end
+
+
+def slerp(start, end, share):
+    """The point at `share` of the arc, for two noises (B, h, w, C), which keeps their norm (Shoemake 1985)."""
+    norms = ops.sqrt(ops.sum(start**2, axis=AXES, keepdims=True) * ops.sum(end**2, axis=AXES, keepdims=True))
+    cosine = ops.clip(ops.sum(start * end, axis=AXES, keepdims=True) / norms, -1.0, 1.0)
+    angle = ops.arccos(cosine)
+    arc = (ops.sin((1.0 - share) * angle) * start + ops.sin(share * angle) * end) / ops.sin(angle)
+    return ops.where(ops.abs(cosine) > 0.9999, lerp(start, end, share), arc)
