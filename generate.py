@@ -19,7 +19,7 @@ from config import Config, from_dict, part
 from diffusion.guidance import guide
 from diffusion.samplers import ddim
 from diffusion.schedule import Process
-from diffusion.times import uniform_times
+from diffusion.times import sampling_times
 from errors import InputError
 from input_pipeline import Vocabulary, atomic_file
 from model.text_encoder import VocabularyEncoder
@@ -122,13 +122,16 @@ class Painter:
             uint8 (H, W, 3), N of them.
         """
         tokens, seeds = np.asarray(tokens, "int32"), np.asarray(seeds, "int64")
+        process = self.networks.process
         silent = None if progress else True  # None: silent where standard error is no terminal
         with tqdm(total=len(tokens), desc=progress, unit="picture", leave=False, disable=silent) as bar:
             for start in range(0, len(tokens), self.batch_size):
                 rows = slice(start, start + self.batch_size)
                 mask = self.networks.vocabulary.mask(tokens[rows])
                 draw = self._plain if guidance == 1 else self._guided
-                yield from np.asarray(draw(tokens[rows], mask, seeds[rows], uniform_times(steps), guidance))
+                yield from np.asarray(
+                    draw(tokens[rows], mask, seeds[rows], sampling_times(process, steps), guidance)
+                )
                 bar.update(len(tokens[rows]))
 
     def _draw(self, tokens, mask, seeds, times, guidance, guided):

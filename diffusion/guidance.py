@@ -11,7 +11,7 @@ AXES = (1, 2, 3)  # of a sample
 
 
 def guide(denoise_pair, guidance, rescale=0.0, interval=None):
-    """Classifier-free guidance (Ho & Salimans 2022).
+    """Classifier-free guidance: unconditional + guidance * (conditional - unconditional) (Ho & Salimans 2022).
 
     Args:
         denoise_pair: like `denoise`, over a batch of twice the size: the first half with its context, the second with
@@ -21,37 +21,30 @@ def guide(denoise_pair, guidance, rescale=0.0, interval=None):
             et al. 2023, section 3.4; 0.7 there).
         interval: (least, most) time to guide at; elsewhere guidance is 1 (Kynkäänniemi et al. 2024).
 
-    Returns:
-        A `denoise` over the single batch: unconditional + guidance * (conditional - unconditional).
-
-    Raises:
-        ValueError: a number that is NaN or out of range.
+    Returns a `denoise` over the single batch. Raises ValueError on a number that is NaN or out of range.
     """
-    return _guided(
-        lambda x, t: ops.split(denoise_pair(ops.concatenate([x, x], axis=0), t), 2, axis=0),
-        guidance,
-        rescale,
-        interval,
-    )
+
+    def both(x, t):
+        return ops.split(denoise_pair(ops.concatenate([x, x], axis=0), t), 2, axis=0)
+
+    return _guided(both, guidance, rescale, interval)
 
 
 def autoguide(denoise, weak, guidance, rescale=0.0, interval=None):
-    """Guides `denoise` away from `weak`, a worse model of the same data: smaller, or trained less (Karras et al. 2024).
-
-    The other arguments, result and errors are those of `guide`.
-    """
+    """`guide` away from `weak`, a worse model of the same data: smaller, or trained less (Karras et al. 2024)."""
     return _guided(lambda x, t: (denoise(x, t), weak(x, t)), guidance, rescale, interval)
 
 
-def _guided(predict, guidance, rescale, interval):
+def _guided(both, guidance, rescale, interval):
     within("guidance", guidance, -1e6, 1e6)
     within("rescale", rescale, 0, 1)
     within("guidance interval", interval or (), 0, 1)
 
     def denoise(x, t):
-        wanted, other = predict(x, t)
-        inside = True if interval is None else ops.logical_and(t >= interval[0], t <= interval[1])
-        strength = guidance if interval is None else ops.where(inside, guidance, 1.0)
+        wanted, other = both(x, t)
+        strength = guidance
+        if interval is not None:
+            strength = ops.where(ops.logical_and(t >= interval[0], t <= interval[1]), guidance, 1.0)
         guided = other + strength * (wanted - other)
         if not rescale:
             return guided
@@ -62,36 +55,27 @@ def _guided(predict, guidance, rescale, interval):
 
 
 def threshold(denoise, share=0.995, limit=1.0):
-    """Dynamic thresholding (Saharia et al. 2022, section 2.3): strong guidance does not saturate a sample.
+    """Dynamic thresholding (Saharia et al. 2022, section 2.3), against strong guidance that saturates a sample.
 
-    Args:
-        denoise: see `samplers`.
-        share: of a sample's magnitudes; those above that quantile are cut, and all shrunk until it is `limit`.
-        limit: the largest magnitude of the data: 1 for pixels. Latents have no such bound; 3 to 4 deviations are near.
+    It cuts a sample's magnitudes at their quantile `share`, and shrinks all until that is `limit`, the largest of the
+    data: 1 for pixels. Latents have no such bound; 3 to 4 of their deviations are near.
     """
     within("share", share, 0, 1)
     within("limit", limit, 1e-3, 1e3)
 
     def thresholded(x, t):
         clean = denoise(x, t)
-        largest = ops.quantile(ops.abs(clean), share, axis=AXES, keepdims=True)
-        largest = ops.maximum(largest, limit)
+        largest = ops.maximum(ops.quantile(ops.abs(clean), share, axis=AXES, keepdims=True), limit)
         return ops.clip(clean, -largest, largest) * (limit / largest)
 
     return thresholded
 
 
 def inpaint(denoise, latents, mask):
-    """Draws only where `mask` is 1. Elsewhere the prediction is the known latents, so any sampler keeps them, each time
-    with that time's noise, and ends with themselves.
+    """Draws only where `mask` (B or 1, h, w, 1) is 1: where it is 0 the prediction is the known `latents` (B, h, w, C).
 
-    Args:
-        denoise: see `samplers`.
-        latents: (B, h, w, C), the known ones.
-        mask: (B or 1, h, w, 1), 0 keeps, 1 draws anew, between mixes.
-
-    Raises:
-        ValueError: a mask of another size.
+    So any sampler keeps those, at each time with that time's noise, and ends with themselves. Raises ValueError on a
+    mask of another size.
     """
     expected = (*latents.shape[1:3], 1)
     if len(mask.shape) != 4 or tuple(mask.shape[1:]) != expected:

@@ -5,26 +5,19 @@ is computed once, before, and `denoise` closes over it. `noise` is x at the firs
 `Process.start` makes of it. `times` (K + 1,) falls, and its last entry stands for clean latents, whatever the schedule
 leaves there. `rates(t)` gives the (noise_rate, signal_rate) n, s of a time of shape (1,).
 
-Between two times all of them go from s x_0 + n e to s' x_0 + n' e, and differ in the x_0 or e that they take there.
-In the variables x / s and sigma = n / s that is a step of Euler's method (Song et al. 2021, section 4.3).
-
-Each is a loop of `step(j, state) -> state`, with one evaluation of `denoise`, whose state begins with x and the newest
-prediction; a `loop` runs it, compiled or step by step.
+Between two times all of them go from s x_0 + n e to s' x_0 + n' e, and differ in the x_0 or e that they take there: in
+x / s and sigma = n / s that is a step of Euler's method (Song et al. 2021, section 4.3). Each is a `loop` of
+`step(j, state) -> state`, with one evaluation of `denoise`, whose state begins with x and the newest prediction.
 """
 
 import functools
 
 from keras import ops
 
-from diffusion._checks import one_of
+from diffusion._checks import one_of, within
 
-ADAMS_BASHFORTH = (
-    (55, -59, 37, -9),
-    (24, 0, 0, 0),
-    (12, 12, 0, 0),
-    (36, -12, 0, 0),
-    (46, -32, 10, 0),
-)  # / 24
+# Shares, in 1/24, of the noise found last, the one before, ...; the second row is the mean.
+ADAMS_BASHFORTH = ((24, 0, 0, 0), (12, 12, 0, 0), (36, -12, 0, 0), (46, -32, 10, 0), (55, -59, 37, -9))
 
 
 def compiled(step, state, count):
@@ -32,24 +25,17 @@ def compiled(step, state, count):
     return ops.fori_loop(0, count, step, state)
 
 
-def step_by_step(callback):
-    """A `loop` that runs in Python and calls callback(j, count, predicted clean latents) after each step."""
-
-    def loop(step, state, count):
-        for j in range(int(count)):
-            state = step(j, state)
-            callback(j, int(count), state[1])
-        return state
-
-    return loop
+def step_by_step(step, state, count, callback):
+    """Runs `step` in Python, and callback(j, count, predicted clean latents) after each."""
+    for j in range(int(count)):
+        state = step(j, state)
+        callback(j, int(count), state[1])
+    return state
 
 
 class _Path:
-    """The points that a sampler passes, worked out once, before its loop.
-
-    A point `path[k]` is its (noise rate, signal rate); `rises` (K,) tells how much log(s / n) rises from each to the
-    next, h in the papers on DPM-Solver.
-    """
+    """The points that a sampler passes, worked out once: a point is its (noise rate, signal rate), and `rises` (K,) how
+    much log(s / n) rises from each to the next, h in the papers on DPM-Solver."""
 
     def __init__(self, times, rates):
         self.times = ops.convert_to_tensor(times, "float32")
@@ -93,16 +79,14 @@ def ddim(denoise, noise, times, rates, eta=0.0, step_noise=None, loop=compiled, 
     """DDIM (Song et al. 2021): Euler's method with eta = 0, ancestral sampling (Ho et al. 2020) with eta = 1.
 
     Args:
-        denoise, noise, times, rates: see the module.
+        denoise, noise, times, rates: see the module, for the result too.
         eta: share of the noise that each step draws anew, 0 to 1.
         step_noise: function of the step k that gives standard normal noise like x, where eta is not 0.
-        loop: `compiled` or `step_by_step(callback)`.
+        loop: `compiled`, or `step_by_step` with its callback (`functools.partial`).
         order: 2 makes it DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), and with eta = 1 its SDE form.
-
-    Returns:
-        Clean latents (B, h, w, C).
     """
     path = _Path(times, rates)
+    within("eta", eta, 0, 1)
     if eta and step_noise is None:
         raise ValueError("step_noise must be a function of the step where eta is not 0. Received: None")
 
@@ -115,53 +99,41 @@ def ddim(denoise, noise, times, rates, eta=0.0, step_noise=None, loop=compiled, 
     return loop(step, (noise, ops.zeros_like(noise)), path.steps)[0]
 
 
-def heun(denoise, noise, times, rates, loop=compiled):
-    """Heun's method in x / s and sigma (Karras et al. 2022, algorithm 1), 2 K - 1 evaluations; see `ddim`."""
-    path = _Path(times, rates)
+def _by_noise(denoise, noise, times, rates, loop, plan, count):
+    """A sampler of count(K) evaluations that moves by shares of the last four noises found.
 
-    def step(j, state):
-        x, _, base, first = state
-        k, back = (
-            (j + 1) // 2,
-            j % 2,
-        )  # where x lies; 1 where the step that led there is made again, knowing its end
-        clean = denoise(x, path.times[k])
-        found = _noise_in(x, clean, path[k])
-        base, mean = (
-            ops.where(ops.equal(back, 1), *pair) for pair in ((base, x), ((first + found) / 2, found))
-        )
-        return _move_along(base, mean, clean, path[k - back], path[k - back + 1]), clean, x, found
-
-    zeros = ops.zeros_like(noise)
-    return loop(step, (noise, zeros, zeros, zeros), 2 * path.steps - 1)[0]
-
-
-def pndm(denoise, noise, times, rates, loop=compiled):
-    """PNDM's linear multi-step form, PLMS (Liu et al. 2022), K + 1 evaluations; see `ddim`.
-
-    The first step is made twice, the second time with the mean of the noise found at its two ends.
+    `plan(j)` tells of the j-th where x lies, 1 where the step to there is made again, knowing its end, and the shares.
     """
-    path = _Path(times, rates)
-    table = ops.convert_to_tensor(ADAMS_BASHFORTH, "float32") / 24.0
+    path, table = _Path(times, rates), ops.convert_to_tensor(ADAMS_BASHFORTH, "float32") / 24.0
 
     def step(j, state):
         x, _, base, *past = state
-        again = ops.equal(j, 1)
-        k = ops.where(ops.greater(j, 1), j - 1, j)  # where x lies
-        start = ops.where(again, 0, k)
+        k, back, row = plan(j)
         clean = denoise(x, path.times[k])
         found = [_noise_in(x, clean, path[k]), *past]
-        mean = sum(table[ops.where(ops.less(j, 4), j + 1, 0)][i] * noise for i, noise in enumerate(found))
-        base = ops.where(again, base, x)
-        past = [ops.where(again, old, new) for old, new in zip(past, found)]
-        return _move_along(base, mean, clean, path[start], path[start + 1]), clean, base, *past
+        mean = sum(table[row, i] * noise for i, noise in enumerate(found))
+        base, *past = (ops.where(ops.equal(back, 1), *pair) for pair in zip([base, *past], [x, *found]))
+        return _move_along(base, mean, clean, path[k - back], path[k - back + 1]), clean, base, *past
 
-    zeros = ops.zeros_like(noise)
-    return loop(
-        step,
-        (noise, zeros, zeros, zeros, zeros, zeros),
-        path.steps + ops.cast(ops.greater(path.steps, 1), "int32"),
-    )[0]
+    return loop(step, (noise, *[ops.zeros_like(noise)] * 5), count(path.steps))[0]
+
+
+def heun(denoise, noise, times, rates, loop=compiled):
+    """Heun's method in x / s and sigma (Karras et al. 2022, algorithm 1), 2 K - 1 evaluations; see `ddim`."""
+
+    def plan(j):
+        return (j + 1) // 2, j % 2, j % 2
+
+    return _by_noise(denoise, noise, times, rates, loop, plan, lambda k: 2 * k - 1)
+
+
+def pndm(denoise, noise, times, rates, loop=compiled):
+    """PNDM's linear multi-step form, PLMS (Liu et al. 2022), K + 1 evaluations, two in the first step; see `ddim`."""
+
+    def plan(j):
+        return j - ops.cast(ops.greater(j, 1), "int32"), ops.cast(ops.equal(j, 1), "int32"), ops.minimum(j, 4)
+
+    return _by_noise(denoise, noise, times, rates, loop, plan, lambda k: k + ops.minimum(k - 1, 1))
 
 
 def unipc(denoise, noise, times, rates, loop=compiled):
@@ -170,16 +142,12 @@ def unipc(denoise, noise, times, rates, loop=compiled):
 
     def corrected(k, clean, previous, older):
         """The clean latents to take from point k - 1 to k, by the predictions at k, k - 1 and k - 2."""
-        h, last, late = (
-            path.rises[ops.maximum(k - 1, 0)],
-            path.rises[ops.maximum(k - 2, 0)],
-            ops.greater(k, 1),
-        )
+        h, last = (path.rises[ops.maximum(k - i, 0)] for i in (1, 2))
         b_1 = -1.0 / h - 1.0 / ops.expm1(-h)
         b_2 = -2.0 * b_1 / h - 1.0 / ops.expm1(-h)
         share = (b_1 - b_2) / (1.0 + last / h)
-        weight_older, weight = ops.where(late, share * h / last, 0.0), ops.where(late, b_1 - share, 0.5)
-        return previous + weight_older * (previous - older) + weight * (clean - previous)
+        weights = ops.where(ops.greater(k, 1), ops.stack([share * h / last, b_1 - share]), [0.0, 0.5])
+        return previous + weights[0] * (previous - older) + weights[1] * (clean - previous)
 
     def step(k, state):
         x, previous, older, base = state
@@ -188,8 +156,7 @@ def unipc(denoise, noise, times, rates, loop=compiled):
         x = ops.where(ops.greater(k, 0), better, x)
         return _move(x, path.extrapolated(k, clean, previous), path[k], path[k + 1]), clean, previous, x
 
-    zeros = ops.zeros_like(noise)
-    return loop(step, (noise, zeros, zeros, zeros), path.steps)[0]
+    return loop(step, (noise, *[ops.zeros_like(noise)] * 3), path.steps)[0]
 
 
 SAMPLERS = {

@@ -25,17 +25,10 @@ EDM_ENDS = (0.002 ** (1 / RHO), 80.0 ** (1 / RHO))
 
 
 def cosine_rates(diffusion_times, max_signal_rate=0.95, min_signal_rate=0.02):
-    """The cosine schedule by angles: s = cos a, n = sin a, with a linear in the time.
+    """The cosine schedule by angles: s = cos a, n = sin a, with a linear in the time, and s(0) and s(1) given.
 
-    A clipped form of the schedule of Nichol & Dhariwal 2021 (equation 17 without its square).
-
-    Args:
-        diffusion_times: (B,) in [0, 1].
-        max_signal_rate: s(0).
-        min_signal_rate: s(1).
-
-    Returns:
-        (noise_rates, signal_rates), each (B, 1, 1, 1).
+    A clipped form of the schedule of Nichol & Dhariwal 2021 (equation 17 without its square). Returns
+    (noise_rates, signal_rates), each (B, 1, 1, 1), at diffusion_times (B,) in [0, 1].
     """
     start, end = math.acos(max_signal_rate), math.acos(min_signal_rate)
     angles = ops.reshape(start + diffusion_times * (end - start), (-1, 1, 1, 1))
@@ -46,12 +39,10 @@ def cosine_rates(diffusion_times, max_signal_rate=0.95, min_signal_rate=0.02):
 def discrete_grid(schedule, zero_terminal_snr=False):
     """The (noise rate, signal rate) of the times 0, 1/1000, ..., 1 of a discrete chain, float64 (1001, 2).
 
-    Args:
-        schedule: "linear", betas 1e-4 to 0.02 (Ho et al. 2020); "scaled-linear", their roots from those of 0.00085 to
-            0.012 (Rombach et al. 2022); "sigmoid", betas 1e-4 to 0.02 (Xu et al. 2022); "cosine-squared", equation 17
-            of Nichol & Dhariwal 2021 with betas up to 0.999.
-        zero_terminal_snr: whether signal rates are shifted and stretched so that the last is 0 and the first what it
-            was (Lin et al. 2023, algorithm 1).
+    "linear" has betas 1e-4 to 0.02 (Ho et al. 2020); "scaled-linear" evenly spaced roots of betas 0.00085 to 0.012
+    (Rombach et al. 2022); "sigmoid" betas 1e-4 to 0.02 (Xu et al. 2022); "cosine-squared" those of equation 17 of
+    Nichol & Dhariwal 2021, up to 0.999. `zero_terminal_snr` shifts and stretches the signal rates so that the last is 0
+    and the first what it was (Lin et al. 2023, algorithm 1).
     """
     one_of("schedule", schedule, GRIDS)
     rise = np.linspace(0, 1, STEPS)
@@ -76,9 +67,8 @@ def grid_rates(diffusion_times, grid):
     cells = ops.clip(ops.cast(ops.floor(places), "int32"), 0, STEPS - 1)  # (B,)
     shares = (places - ops.cast(cells, "float32"))[:, None]
     grid = ops.convert_to_tensor(grid, "float32")
-    chord = (1.0 - shares) * ops.take(grid, cells, axis=0) + shares * ops.take(
-        grid, cells + 1, axis=0
-    )  # (B, 2)
+    start, end = (ops.take(grid, cells + i, axis=0) for i in (0, 1))  # (B, 2)
+    chord = (1.0 - shares) * start + shares * end
     chord = chord / ops.sqrt(ops.sum(chord**2, axis=1, keepdims=True))
     return tuple(ops.reshape(chord[:, i], (-1, 1, 1, 1)) for i in (0, 1))
 
@@ -88,7 +78,7 @@ def grid_times(angles, grid):
     known = ops.convert_to_tensor(np.arctan2(grid[:, 0], grid[:, 1]), "float32")
     cells = ops.clip(ops.searchsorted(known, angles, side="right") - 1, 0, STEPS - 1)
     grid = ops.convert_to_tensor(grid, "float32")
-    start, end = ops.take(grid, cells, axis=0), ops.take(grid, cells + 1, axis=0)  # (B, 2)
+    start, end = (ops.take(grid, cells + i, axis=0) for i in (0, 1))  # (B, 2)
     # How far along the chord of its cell the ray of the angle crosses it.
     across = ops.stack([ops.cos(angles), -ops.sin(angles)], axis=1)
     shares = ops.sum(across * start, axis=1) / ops.sum(across * (start - end), axis=1)
@@ -102,16 +92,13 @@ class Process:
     Args:
         target: what the network predicts, see `targets.target_of`.
         max_signal_rate, min_signal_rate: see `cosine_rates`.
-        schedule: "cosine", see `cosine_rates`; a discrete one, see `discrete_grid`; "flow", s = 1 - t and n = t (Liu et
-            al. 2023); "edm", s = 1 and n from 0.002 to 80 (Karras et al. 2022, equation 5).
-        zero_terminal_snr: see `discrete_grid`.
-        shift: for "flow", of the times of training and sampling towards noise, for larger pictures; see `times`.
+        schedule, zero_terminal_snr: "cosine", see `cosine_rates`; a discrete one, see `discrete_grid`; "flow", s = 1 -
+            t, n = t (Liu et al. 2023); "edm", s = 1, n from 0.002 to 80 (Karras et al. 2022, equation 5).
+        shift: of the times of "flow" in training and sampling, see `times`.
         data_deviation: standard deviation of the latents, for the target "edm".
-        weight, snr_cap: how the loss counts at each time, see `targets.weights`.
-        loss: see `targets.distance`.
+        weight, snr_cap, loss: how errors count at each time, see `targets.weights` and `targets.distance`.
 
-    Raises:
-        ValueError: on an unknown name, a number out of range, or a target that the schedule cannot express.
+    It raises ValueError on an unknown name, a number out of range, or a target that the schedule cannot express.
     """
 
     target: str = "velocity"
@@ -127,9 +114,9 @@ class Process:
 
     def __post_init__(self):
         one_of("target", self.target, targets.TARGETS)
-        one_of("schedule", self.schedule, GRIDS if self.zero_terminal_snr else SCHEDULES)
         one_of("weight", self.weight, targets.WEIGHTS)
         one_of("loss", self.loss, targets.LOSSES)
+        one_of("schedule", self.schedule, GRIDS if self.zero_terminal_snr else SCHEDULES)
         if not 0 < self.min_signal_rate < self.max_signal_rate < 1:
             raise ValueError(
                 "signal rates must fall within (0, 1). "
@@ -139,15 +126,12 @@ class Process:
             within(name, getattr(self, name), 1e-3, 1e3)
         if self.shift != 1 and self.schedule != "flow":
             raise ValueError(f"shift must be 1 where the schedule is not flow. Received: {self.shift}")
+        # The noise tells no latents where no signal is left, and the velocity is of schedules with s^2 + n^2 = 1.
+        known = [
+            name for name in targets.TARGETS if name != "velocity" or self.schedule not in ("flow", "edm")
+        ]
         without_signal = self.schedule == "flow" or self.zero_terminal_snr
-        if self.target == "noise" and without_signal:
-            raise ValueError(
-                "target must tell the latents where no signal is left, at time 1. Received: 'noise'"
-            )
-        if self.target == "velocity" and self.schedule in ("flow", "edm"):
-            raise ValueError(
-                f"target must be flow or edm where the schedule is {self.schedule}. Received: 'velocity'"
-            )
+        one_of("target of this schedule", self.target, known[1:] if without_signal else known)
 
     def rates(self, diffusion_times):
         """(noise_rates, signal_rates), each (B, 1, 1, 1), at diffusion_times (B,) in [0, 1]."""
@@ -199,13 +183,8 @@ class Process:
         return targets.denoised(self.target, prediction, x, *self.rates(diffusion_times), self.data_deviation)
 
     def losses(self, prediction, latents, noise, diffusion_times, log_variance=None):
-        """The loss of each sample, (B,).
-
-        Args:
-            prediction, latents, noise: (B, h, w, C).
-            diffusion_times: (B,).
-            log_variance: (B,), the logarithm of the loss to expect at these times, for the weight "uncertainty".
-        """
+        """The loss of each sample, (B,), of a prediction (B, h, w, C) for latents and noise like it, at times (B,);
+        log_variance (B,), the logarithm of the loss to expect at these, is for the weight "uncertainty"."""
         rates = self.rates(diffusion_times)
         wanted = targets.target_of(self.target, latents, noise, *rates, self.data_deviation)
         loss = targets.distance(self.loss, prediction, wanted)

@@ -1,7 +1,7 @@
 """What a network is asked to predict, and how its errors count, as pure functions of the rates.
 
 x = s x_0 + n e throughout, with clean latents x_0 and noise e (B, h, w, C), the signal rates s and noise rates n
-(B, 1, 1, 1), and the signal-to-noise ratio SNR = s^2 / n^2.
+(B, 1, 1, 1), and the signal-to-noise ratio SNR = s^2 / n^2. All raise ValueError on a name that they do not know.
 """
 
 from keras import ops
@@ -22,9 +22,8 @@ def diffuse(latents, noise, noise_rates, signal_rates):
 def perturbed(noise, other, strength):
     """noise + strength * other, standard normal both.
 
-    With `other` (B, 1, 1, C), which moves whole channels, it is offset noise, to be diffused and predicted (Guttenberg
-    2023, strength 0.1). With `other` like the noise it is input perturbation, to be diffused only: the target is made
-    of the noise itself (Ning et al. 2023, strength 0.1).
+    With `other` (B, 1, 1, C) it is offset noise, to be diffused and predicted (Guttenberg 2023, strength 0.1); with one
+    like the noise it is input perturbation, to be diffused but not predicted (Ning et al. 2023, strength 0.1).
     """
     return noise + strength * other
 
@@ -44,17 +43,11 @@ def _parts(target, n, s, data_deviation):
 
 
 def target_of(target, latents, noise, noise_rates, signal_rates, data_deviation=1.0):
-    """What the network should predict.
+    """What the network should predict, (B, h, w, C).
 
-    Args:
-        target: "noise" e; "image" x_0; "velocity" s e - n x_0, for rates with s^2 + n^2 = 1 (Salimans & Ho 2022);
-            "flow" e - x_0 (Liu et al. 2023); "edm" F of x_0 = c_skip x + c_out F, which is of unit variance (Karras et
-            al. 2022, equation 7), and minus the velocity where latents have deviation 1.
-        latents, noise, noise_rates, signal_rates: see the module.
-        data_deviation: standard deviation of the latents, for "edm".
-
-    Raises:
-        ValueError: on an unknown target.
+    "noise" is e; "image" x_0; "velocity" s e - n x_0, for rates with s^2 + n^2 = 1 (Salimans & Ho 2022); "flow" e - x_0
+    (Liu et al. 2023); "edm" F of x_0 = c_skip x + c_out F, of unit variance for latents of `data_deviation` (Karras et
+    al. 2022, equation 7), and minus the velocity where that is 1.
     """
     a, b, _ = _parts(target, noise_rates, signal_rates, data_deviation)
     return a * latents + b * noise
@@ -81,16 +74,9 @@ def weights(weight, target, noise_rates, signal_rates, snr_cap=5.0, data_deviati
     """How the squared error of `target` counts at each time, (B,).
 
     An error of the target moves x_0 by n / d times as much (see `_parts`), so a weight of the error of x_0, times the
-    square of that, is the same weight whatever the network predicts.
-
-    Args:
-        weight: "none"; "min-snr", min(SNR, snr_cap) of x_0, so min(SNR, c) / SNR of the noise and
-            min(SNR, c) / (SNR + 1) of the velocity (Hang et al. 2023); "edm", 1 / c_out^2 of x_0, so 1 of its own
-            target (Karras et al. 2022); "uncertainty", that of "edm", for `uncertain`.
-        target, noise_rates, signal_rates, data_deviation: see `target_of`.
-
-    Raises:
-        ValueError: on an unknown weight or target.
+    square of that, is the same weight whatever the network predicts. "none" is 1; "min-snr" min(SNR, snr_cap) of x_0,
+    so min(SNR, c) / SNR of the noise and min(SNR, c) / (SNR + 1) of the velocity (Hang et al. 2023); "edm" 1 / c_out^2
+    of x_0, so 1 of its own target (Karras et al. 2022); "uncertainty" that of "edm", for `uncertain`.
     """
     one_of("weight", weight, WEIGHTS)
     n, s = ops.reshape(ops.maximum(noise_rates, LEAST_NOISE), (-1,)), ops.reshape(signal_rates, (-1,))
@@ -101,16 +87,10 @@ def weights(weight, target, noise_rates, signal_rates, snr_cap=5.0, data_deviati
 
 
 def distance(loss, prediction, target, width=0.1):
-    """The error of each sample (B,), a mean over its values d.
+    """The error of each sample (B,) of a prediction like the target (B, h, w, C): a mean over its values d.
 
-    Args:
-        loss: "mse" d^2; "mae" |d|; "huber" 2 c (sqrt(d^2 + c^2) - c), the smooth pseudo-Huber loss: d^2 for small
-            errors, so that learning rates and weights carry over, 2 c |d| for large ones (Charbonnier et al. 1997).
-        prediction, target: (B, h, w, C).
-        width: c, the error at which "huber" turns.
-
-    Raises:
-        ValueError: on an unknown loss.
+    "mse" takes d^2; "mae" |d|; "huber" 2 c (sqrt(d^2 + c^2) - c) with the width c, the smooth pseudo-Huber loss: d^2
+    for small errors, so that learning rates and weights carry over, 2 c |d| for large ones (Charbonnier et al. 1997).
     """
     one_of("loss", loss, LOSSES)
     values = ops.abs(prediction - target) if loss == "mae" else ops.square(prediction - target)

@@ -9,9 +9,13 @@ import tensorflow as tf
 from diffusion.guidance import autoguide, guide, inpaint, lerp, slerp, threshold
 from diffusion.samplers import SAMPLERS, ddim
 from diffusion.schedule import Process
-from diffusion.times import uniform_times
+from diffusion.times import sampling_times
 
 PROCESS = Process()
+
+
+def uniform_times(steps):
+    return sampling_times(PROCESS, steps)
 
 
 def normal(*shape, seed=0):

@@ -1,5 +1,6 @@
 """Samplers against their closed form on a Gaussian, at their orders, and by their identities."""
 
+import functools
 import math
 
 import numpy as np
@@ -9,10 +10,14 @@ import tensorflow as tf
 from diffusion.samplers import SAMPLERS, ddim, evaluations, sampler, step_by_step
 from diffusion.schedule import Process
 from diffusion.targets import TARGETS, target_of
-from diffusion.times import last_times, sampling_times, uniform_times
+from diffusion.times import last_times, sampling_times
 
 MU, SIGMA = 0.7, 0.5
 PROCESS = Process()
+
+
+def uniform_times(steps):
+    return sampling_times(PROCESS, steps)
 
 
 def normal(*shape, seed=0):
@@ -244,7 +249,9 @@ def test_compiled_is_step_by_step(name):
     def compiled(x, times):
         return run(name, crooked(), x, times)
 
-    by_steps = run(name, crooked(), noise, uniform_times(9), loop=step_by_step(note))
+    by_steps = run(
+        name, crooked(), noise, uniform_times(9), loop=functools.partial(step_by_step, callback=note)
+    )
     np.testing.assert_allclose(compiled(noise, uniform_times(9)), by_steps, rtol=1e-5, atol=1e-6)
     count = evaluations(name, 9)
     assert [entry[:2] for entry in seen] == [(j, count) for j in range(count)]
@@ -369,3 +376,9 @@ def test_unknown_samplers_are_refused():
 def test_new_noise_without_its_source_is_refused(name):
     with pytest.raises(ValueError, match="step_noise must be a function .* Received: None"):
         SAMPLERS[name](gaussian_denoiser(), normal(1, 1, 1, 1), uniform_times(3), PROCESS.rates)
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan])
+def test_an_eta_out_of_range_is_refused(eta):
+    with pytest.raises(ValueError, match=f"eta must be within .* Received: {eta}"):
+        run("ddim", gaussian_denoiser(), normal(1, 1, 1, 1), uniform_times(3), eta=eta)

@@ -205,7 +205,9 @@ def test_other_networks_take_samples_as_they_are():
 def test_a_process_expresses_each_target_or_refuses_it_by_name(schedule, zero, target):
     without_signal = schedule == "flow" or zero
     if (target == "noise" and without_signal) or (target == "velocity" and schedule in ("flow", "edm")):
-        with pytest.raises(ValueError, match=f"target must .* Received: '{target}'"):
+        with pytest.raises(
+            ValueError, match=f"target of this schedule must be one of .*, edm. Received: '{target}'"
+        ):
             Process(target, schedule=schedule, zero_terminal_snr=zero)
         return
     process, times = Process(target, schedule=schedule, zero_terminal_snr=zero), TIMES[1:]

