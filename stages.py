@@ -18,6 +18,7 @@ from callbacks import Bar, Interrupted, Keeper, Signals
 from checkpoint import RunFolder, assign, collect, named_variables
 from dataset import paper_flowers
 from diffusion.schedule import Process
+from diffusion.times import training_times
 from errors import InputError
 from evaluate import follows_captions, plot_curves
 from generate import Networks, captioned_grid, make_diffusion, make_vae
@@ -366,7 +367,7 @@ def _diffusion(config, run, data, vae, latents, features, text, strategy, signal
             latents,
             seed=config.seed,
             caption_dropout=stage.caption_dropout,
-            times=stage.times,
+            times=training_times(stage.times, process),
             start_step=step,
             ids=data.train_ids,
             **stream,

@@ -15,19 +15,10 @@ TIMES = ("uniform", "logit_normal", "log_normal", "mixed")
 SPACINGS = ("uniform", "leading", "trailing", "karras", "logsnr-uniform")
 
 
-def stratified(draws):
-    """Shares of (0, 1), one in each B-th of it, from B uniform draws (B,): less noise in a batch's loss.
-
-    Row b falls in the b-th part: to be made for the whole global batch, of draws that depend on (seed, step) alone, and
-    shuffled, before it is split. So they are the same on any number of replicas, and after a resume.
-    """
-    size = ops.shape(draws)[0]
-    return (ops.arange(size, dtype="float32") + draws) / ops.cast(size, "float32")
-
-
 def training_times(name, process, mean=None, deviation=None, uniform_share=0.1):
     """A function from uniform shares of (0, 1), (B,), to diffusion times (B,): the quantiles of a distribution.
 
+    It draws nothing, so shares that are stratified over a batch, one in each B-th, give times that are so too.
     "uniform"; "logit_normal", the sigmoid of a normal variable of, if not given, mean 0 and deviation 1 (Esser et al.
     2024, section 3.1); "log_normal", whose log sigma is normal, of mean -1.2 and deviation 1.2 (Karras et al. 2022,
     table 1); "mixed", logit_normal but for a `uniform_share`, which keeps both ends in.

@@ -68,7 +68,7 @@ def latent_batches(
     context=None,
     posterior_sample=True,
     ids=None,
-    times="uniform",
+    times=None,
 ):
     """Batches for the diffusion model, from cached latents.
 
@@ -83,16 +83,14 @@ def latent_batches(
         context: `TextContext` of a frozen text encoder, or None.
         posterior_sample: Whether to sample the latents from their posterior; otherwise its mean.
         ids: The pictures to use; default all.
-        times: Distribution of the diffusion times: "uniform", or "logit_normal", which prefers the middle
-            (Esser et al. 2024, arXiv 2403.03206, section 3.1, with mean 0 and deviation 1).
+        times: Function from uniform shares of (0, 1), (B,), to diffusion times, such as `diffusion.times` makes; None
+            takes the shares themselves.
 
     Returns:
         Infinite tf.data.Dataset of dicts: `latents`, `noise` float32 (B, h, w, C); `tokens` int32 (B, T), or with a
         context `context` float32 (B, T, D); `mask` bool (B, T); `diffusion_times` float32 (B,), in [0, 1], one in each
         B-th of their distribution; `sample_ids` int64 (B,).
     """
-    if times not in TIMES:
-        raise ValueError(f"times must be one of {', '.join(TIMES)}. Received: {times!r}")
     choose = _chooser(len(latents.mean), ids, batch_size, seed)
     latents_of = _latents_gatherer(latents)
     n_variants, *shape = latents.mean.shape[1:]
@@ -105,7 +103,7 @@ def latent_batches(
         def normal(purpose):
             return tf.random.stateless_normal([batch_size, *shape], key(seed, step, purpose))
 
-        sample_ids = choose(step)
+        sample_ids, shares = choose(step), _stratified(batch_size, seed, step)
         variant = tf.cast(uniform("variant") * n_variants, tf.int64)
         counts = tf.gather(n_captions, sample_ids)
         caption = tf.cast(uniform("caption") * tf.cast(counts, tf.float32), tf.int64)
@@ -114,7 +112,7 @@ def latent_batches(
             "latents": latents_of(sample_ids, variant, normal("posterior") if posterior_sample else None),
             **text_of(sample_ids, caption, dropped),
             "noise": normal("noise"),
-            "diffusion_times": TIMES[times](_stratified(batch_size, seed, step)),
+            "diffusion_times": shares if times is None else times(shares),
             "sample_ids": sample_ids,
         }
 
@@ -290,11 +288,3 @@ def _stratified(batch_size, seed, step):
     offset = tf.random.stateless_uniform([batch_size], key(seed, step, "time"))
     shares = (tf.range(batch_size, dtype=tf.float32) + offset) / batch_size
     return tf.random.experimental.stateless_shuffle(shares, key(seed, step, "time order"))
-
-
-def _logit_normal(shares):
-    """The quantiles of a normal variable's sigmoid."""
-    return tf.sigmoid(tf.math.ndtri(tf.clip_by_value(shares, 1e-6, 1 - 1e-6)))
-
-
-TIMES = {"uniform": tf.identity, "logit_normal": _logit_normal}

@@ -25,10 +25,11 @@ import stages
 from callbacks import Interrupted, Keeper, Signals
 from checkpoint import RunFolder
 from dataset import paper_flowers
+from diffusion.schedule import Process
+from diffusion.times import TIMES, training_times
 from errors import InputError
 from generate import load
 from input_pipeline import Latents, latent_batches, load_data, read_pictures, split, validation_batches
-from input_pipeline.batches import TIMES
 from metrics import KID
 from optimizers import OPTIMIZERS, adamw, warmup_cosine
 from trainer import LatentDiffusionTrainer
@@ -392,10 +393,12 @@ def test_the_times_are_drawn_as_the_settings_say(finished, flowers, tmp_path, mo
         raise Seen(times)
 
     monkeypatch.setattr(stages.pipeline, "latent_batches", latent_batches)
-    for times in ("uniform", "logit_normal"):
+    shares = np.array([0.1, 0.4, 0.9], "float32")
+    for times in TIMES:
         changes = {"vae-from": finished[0], "training.times": times}
-        with pytest.raises(Seen, match=times):
+        with pytest.raises(Seen) as seen:
             cup3.main(words(flowers, tmp_path / times, **changes))
+        np.testing.assert_array_equal(seen.value.args[0](shares), training_times(times, Process())(shares))
 
 
 def test_the_command_line_offers_what_there_is():

@@ -11,7 +11,6 @@ from diffusion.times import (
     TIMES,
     last_times,
     sampling_times,
-    stratified,
     training_times,
 )
 
@@ -28,14 +27,6 @@ def uniform_times(steps):
 
 
 # Training
-
-
-@pytest.mark.parametrize("batch_size", [1, 5, 64])
-def test_stratified_shares_are_one_in_each_part(batch_size):
-    draws = np.random.default_rng(0).uniform(size=batch_size).astype("float32")
-    shares = np.asarray(stratified(draws))
-    assert (np.floor(shares * batch_size) == np.arange(batch_size)).all()
-    np.testing.assert_allclose(shares * batch_size % 1, draws, atol=1e-5)
 
 
 def test_uniform_times_of_training_are_the_shares():
