@@ -1,6 +1,7 @@
 """Every setting of a run as frozen dataclasses, one per part, and the table of presets.
 
-The fields of a part are that part's constructor keywords; nobody receives the whole config but `stages`.
+The fields of a part are that part's constructor keywords. Only `stages` receives the whole config, and `generate`,
+which makes a run's networks from it.
 """
 
 import dataclasses
@@ -149,6 +150,9 @@ class Config:
 
 
 LARGEST_SEED = 2**32 - 1  # that NumPy's generator takes
+FEWEST_FOR_KID = 3  # pictures on either side, for its estimate and its interval
+LARGEST_VIEW = 1024  # side at which a feature network sees pictures: far beyond what any was trained on
+LARGEST_RESIZE = 4  # factor before the random crop
 START_ONLY = ("run", "gpus")  # what may differ from one start of a run to the next
 
 PHOTOGRAPHS = AugmentationConfig(resize_min=1.0, resize_max=1.15, brightness=0.1, contrast=0.1)
@@ -300,8 +304,9 @@ def check(config: Config) -> None:
     for name, value, least in _least_values(config):
         if not least <= value < math.inf:  # written so that NaN is refused too
             raise InputError(f"--{name}: received {value}, expected a finite number, at least {least}")
-    if config.seed > LARGEST_SEED:
-        raise InputError(f"--seed: received {config.seed}, expected at most {LARGEST_SEED}")
+    for name, value, most in _largest_values(config):
+        if value > most:
+            raise InputError(f"--{name}: received {value}, expected at most {most}")
     if not math.isfinite(config.evaluation.guidance):
         raise InputError(
             f"--evaluation.guidance: received {config.evaluation.guidance}, expected a finite number"
@@ -348,7 +353,7 @@ def _least_values(config):
     yield "vae-training.kl-weight", vae_training.kl_weight, 0
     yield "vae-training.perceptual-weight", vae_training.perceptual_weight, 0
     yield "training.latent-crops", training.latent_crops, 1
-    yield "evaluation.images", evaluation.images, 3  # the fewest that KID is defined for
+    yield "evaluation.images", evaluation.images, FEWEST_FOR_KID
     yield "evaluation.size", evaluation.size, 75 if evaluation.network == "inception_v3" else 32
     for name in ("every", "steps", "batch_size", "previews"):
         yield f"evaluation.{name.replace('_', '-')}", getattr(evaluation, name), 1
@@ -361,6 +366,12 @@ def _least_values(config):
     yield "text-encoder.width", config.text_encoder.width, 1
     yield "text-encoder.heads", config.text_encoder.heads, 1
     yield "text-encoder.layers", config.text_encoder.layers, 0
+
+
+def _largest_values(config):
+    yield "seed", config.seed, LARGEST_SEED
+    yield "evaluation.size", config.evaluation.size, LARGEST_VIEW
+    yield "augmentation.resize-max", config.augmentation.resize_max, LARGEST_RESIZE
 
 
 def _fractions(config):
@@ -419,8 +430,6 @@ def _check_widths(config):
             f"--augmentation.resize-min: received {resize.resize_min}, expected 1 to --augmentation.resize-max "
             f"({resize.resize_max})"
         )
-    if config.augmentation.resize_max > 4:
-        raise InputError(f"--augmentation.resize-max: received {resize.resize_max}, expected at most 4")
 
 
 def _check_rates(diffusion):

@@ -32,14 +32,14 @@ def plot_curves(rows, path):
 
     Args:
         rows: rows of a run's log.
-        path: PNG file to write.
+        path: PNG file to write: its place, or the file itself, open for bytes.
     """
     stages = list(dict.fromkeys(row["stage"] for row in rows if "loss" in row))
     has_kid = [row for row in rows if row.get("val_kid") is not None]
     figure, axes = plt.subplots(
         1, len(stages) + bool(has_kid), figsize=(4.5 * (len(stages) + bool(has_kid)), 3.4), squeeze=False
     )
-    for axis, stage in zip(axes[0], stages, strict=False):
+    for axis, stage in zip(axes[0, : len(stages)], stages, strict=True):
         own = [row for row in rows if row["stage"] == stage]
         for name in ("loss", "val_loss"):
             axis.plot([row["epoch"] for row in own], [row[name] for row in own], marker="o", label=name)
@@ -48,7 +48,7 @@ def plot_curves(rows, path):
     if has_kid:
         _plot_kid(axes[0][-1], has_kid)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")
     plt.close(figure)
 
 

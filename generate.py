@@ -21,7 +21,8 @@ from diffusion.samplers import ddim
 from diffusion.schedule import Process
 from diffusion.times import sampling_times
 from errors import InputError
-from input_pipeline import Vocabulary, atomic_file
+from files import atomic_file
+from input_pipeline import Vocabulary
 from model.text_encoder import VocabularyEncoder
 from model.unet import UNet
 from model.vae import AutoencoderKL

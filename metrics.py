@@ -1,12 +1,12 @@
 """Images -> numbers, with their protocol. Never generates, never loads a run."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import keras
 import numpy as np
 
-from errors import InputError
+from config import FEWEST_FOR_KID
 
 _NORMAL_97_5 = 1.959964  # quantile of the standard normal: a two-sided 95 % interval
 
@@ -27,7 +27,7 @@ _UNKNOWN = Estimate(float("nan"), float("nan"), float("nan"))
 
 @dataclass(frozen=True)
 class Protocol:
-    """All that a KID depends on besides the pictures; numbers of unlike protocols do not compare."""
+    """All that a KID depends on besides the pictures; a run folder refuses to compare unlike protocols."""
 
     network: str  # feature network
     weights: str  # sha256 of its weights
@@ -43,21 +43,6 @@ class Protocol:
 
     def to_dict(self):
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, entries):
-        """Returns the protocol that `to_dict` wrote; raises InputError on missing or unknown keys."""
-        expected = {field.name for field in fields(cls)}
-        if set(entries) != expected:
-            raise InputError(f"protocol: received keys {sorted(entries)}, expected {sorted(expected)}")
-        return cls(**entries)
-
-    def require_same(self, other):
-        """Raises InputError, naming every key in which `other` differs, unless the two are equal."""
-        mine, others = self.to_dict(), other.to_dict()
-        unlike = [f"{key}: {mine[key]} against {others[key]}" for key in mine if mine[key] != others[key]]
-        if unlike:
-            raise InputError(f"numbers of unlike protocols do not compare: {', '.join(unlike)}")
 
 
 def kid(real, generated, *, block=1024):
@@ -80,7 +65,7 @@ def kid(real, generated, *, block=1024):
         Estimate; all NaN when a feature is not finite.
 
     Raises:
-        ValueError: shapes that do not fit, or fewer than 3 pictures on a side.
+        ValueError: shapes that do not fit, or fewer pictures on a side than `FEWEST_FOR_KID`.
     """
     real, generated = _checked_features(real), _checked_features(generated)
     if real.shape[1] != generated.shape[1]:
@@ -117,8 +102,10 @@ def kid_floor(real, *, n=None, seed=0, block=1024):
 
 def _checked_features(features):
     features = np.asarray(features, "float64")
-    if features.ndim != 2 or len(features) < 3:
-        raise ValueError(f"features: received shape {features.shape}, expected (at least 3, D)")
+    if features.ndim != 2 or len(features) < FEWEST_FOR_KID:
+        raise ValueError(
+            f"features: received shape {features.shape}, expected (at least {FEWEST_FOR_KID}, D)"
+        )
     return features
 
 
@@ -200,22 +187,22 @@ class KID(keras.metrics.Metric):
         self._generated.append(self.feature_network(generated_images))
 
     def result(self):
-        """Returns the value alone; NaN while fewer than 3 pictures are gathered."""
+        """Returns the value alone; NaN while too few pictures are gathered."""
         return self.estimate().value
 
     def estimate(self):
-        """Returns the Estimate with its interval; NaN while fewer than 3 pictures are gathered."""
+        """Returns the Estimate with its interval; NaN while too few pictures are gathered."""
         real, generated = self._gathered_real(), self._gathered_generated()
-        if min(len(real), len(generated)) < 3:
+        if min(len(real), len(generated)) < FEWEST_FOR_KID:
             return _UNKNOWN
         return kid(real, generated)
 
     def floor(self, seed=0):
         """Returns the real-against-real Estimate with as many pictures a side as were generated, if there are."""
         real, n = self._gathered_real(), len(self._gathered_generated())
-        if len(real) < 6:
+        if len(real) < 2 * FEWEST_FOR_KID:
             return _UNKNOWN
-        return kid_floor(real, n=max(n, 3), seed=seed)
+        return kid_floor(real, n=max(n, FEWEST_FOR_KID), seed=seed)
 
     def reset_state(self):
         """Forgets what was gathered; what `set_real` was given stays."""

@@ -12,7 +12,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 MUON_MOMENTUM = 0.95
 MUON_RMS = 0.2  # root mean square of an update at a learning rate of 1, about that of Adam's
-NOT_FOR_MUON = ("embeddings", "conv_in", "conv_out")  # in the path of a variable
+NOT_FOR_MUON = ("embeddings", "conv_in", "conv_out", "quant_conv")  # in the path of a variable
 
 
 class AdamW(keras.optimizers.AdamW):
@@ -27,10 +27,10 @@ class AdamW(keras.optimizers.AdamW):
         ValueError: `amsgrad` is asked for.
     """
 
-    def build(self, variables):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         if self.amsgrad:
             raise ValueError("the fused update has no amsgrad. Received: amsgrad=True")
-        super().build(variables)
 
     def apply(self, grads, trainable_variables=None):
         # An embedding's gradient names a row as often as its word occurs: squares are right only of their sum.
@@ -76,9 +76,13 @@ class Muon(AdamW):
     """Muon (Jordan et al. 2024): the momentum of every matrix, made orthogonal, is the step.
 
     All directions of a weight matrix learn equally fast, instead of those that the gradients favour. The kernel
-    of a convolution counts as a matrix of (height * width * input, output channels). Vectors, embeddings and the
-    convolutions named `conv_in` and `conv_out` follow AdamW. Steps are scaled by 0.2 sqrt(longer side), so that
-    a learning rate and a weight decay mean about what they mean to AdamW (Liu et al. 2025, arXiv 2502.16982).
+    of a convolution counts as a matrix of (height * width * input, output channels). Steps are scaled by 0.2
+    sqrt(longer side), so that a learning rate and a weight decay mean about what they mean to AdamW (Liu et al. 2025,
+    arXiv 2502.16982).
+
+    It is for hidden matrices: vectors, embeddings, and the first and last layer of each network follow AdamW, as Jordan
+    et al. advise. Those layers are `conv_in` and `conv_out` of the U-Net, the encoder and the decoder; `quant_conv` and
+    `post_quant_conv` are part of the encoder's last and the decoder's first, as no nonlinearity lies between.
 
     Keras' own Muon leaves convolutions to AdamW.
     """
@@ -86,8 +90,6 @@ class Muon(AdamW):
     def build(self, variables):
         if self.built:
             return
-        if self.amsgrad:
-            raise ValueError("the fused update has no amsgrad. Received: amsgrad=True")
         keras.optimizers.Optimizer.build(self, variables)  # not Adam's, which keeps squares of matrices too
         self._momentums = self.add_optimizer_variables(variables, "momentum")
         adams = [variable for variable in variables if not is_matrix(variable)]

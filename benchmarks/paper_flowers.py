@@ -15,7 +15,9 @@ import pandas as pd
 import tyro
 
 from dataset.paper_flowers import HELD_OUT_PAIRS, captions, sample_flower
+from errors import InputError
 from evaluate import follows_captions
+from files import atomic_file
 from generate import Painter, load
 from input_pipeline import load_data, read_pictures
 from metrics import psnr
@@ -47,18 +49,31 @@ def held_out_captions(count, seed=0):
     return [captions(sample_flower(rng, HELD_OUT_PAIRS), rng)[0] for _ in range(count)]
 
 
-def main(options):
-    """Prints the figures and, if asked, writes them as JSON."""
+def measure(options):
+    """The figures of a run.
+
+    Raises:
+        InputError: settings that cannot be, a run that cannot draw, or one that was not trained on paper flowers.
+    """
+    for name in ("count", "steps"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name}: received {value}, expected at least 1")
     networks, config = load(options.run)
     data = load_data(config.data)
+    if data.test_tokens is None or not (Path(config.data) / "attributes.csv").is_file():
+        raise InputError(
+            f"--run: received {options.run}, whose data {config.data} are no paper flowers: they have no "
+            "attributes.csv or no test captions; expected a run on data that `python cup3.py data` drew"
+        )
     settings = {
-        "steps": options.steps or config.evaluation.steps,
+        "steps": config.evaluation.steps if options.steps is None else options.steps,
         "guidance": config.evaluation.guidance if options.guidance is None else options.guidance,
     }
     painter = Painter(networks, config.image_size, config.evaluation.batch_size)
     tests = networks.vocabulary.decode(data.test_tokens[: options.count])
     pictures = test_pictures(Path(config.data), config.image_size)
-    figures = {
+    return {
         **settings,
         "test captions": follows_captions(painter, tests, options.seed, **settings),
         "held-out pairs": follows_captions(
@@ -66,10 +81,21 @@ def main(options):
         ),
         "test PSNR": psnr(pictures, reconstruct(networks.vae, pictures))._asdict(),
     }
-    print(json.dumps(figures, indent=2))
-    if options.json:
-        Path(options.json).write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def main(options):
+    """Prints the figures and, if asked, writes them as JSON; returns the exit code, 2 for what the user gave."""
+    try:
+        report = json.dumps(measure(options), indent=2)
+        print(report)
+        if options.json:
+            with atomic_file(options.json) as file:
+                file.write(f"{report}\n".encode())
+    except InputError as error:
+        print(f"paper_flowers: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    sys.exit(main(tyro.cli(Options)))

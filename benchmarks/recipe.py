@@ -13,10 +13,10 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).parent.parent
-VARIANTS = {  # each with a learning rate that suits its optimizer
+VARIANTS = {  # muon at the preset's own learning rate, adamw at one that suits it
     "adamw, uniform": {"optimizer": "adamw", "learning-rate": 1.5e-3, "times": "uniform"},
-    "muon, uniform": {"optimizer": "muon", "learning-rate": 4e-3, "times": "uniform"},
-    "muon, logit_normal": {"optimizer": "muon", "learning-rate": 4e-3, "times": "logit_normal"},
+    "muon, uniform": {"optimizer": "muon", "times": "uniform"},
+    "muon, logit_normal": {"optimizer": "muon", "times": "logit_normal"},
 }
 
 

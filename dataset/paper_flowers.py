@@ -11,6 +11,7 @@
 import collections
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import tempfile
@@ -49,14 +50,18 @@ __all__ = [
     "Flower",
     "captions",
     "draw",
+    "require_same",
     "sample_flower",
     "write",
 ]
 
 SMALLEST_SIZE, LARGEST_SIZE = 32, 512
+TRAIN, TEST, SIZE, SEED = 4096, 512, 64, 0  # of a data set whose numbers are not given
+VERSION = 1  # to be raised with every change of what is drawn or said, which a test notices
+_DRAWING = "drawing.json"
 
 
-def write(folder, *, train=4096, test=512, size=64, seed=0, progress=True):
+def write(folder, *, train=TRAIN, test=TEST, size=SIZE, seed=SEED, progress=True):
     """Draws a data set in the Cup3 layout; the same arguments give the same bytes in every file.
 
     The folder then holds
@@ -66,6 +71,7 @@ def write(folder, *, train=4096, test=512, size=64, seed=0, progress=True):
         dictionary/word2Id.npy      rows (word, id); id2Word.npy: (id, word); vocab.npy: (word, occurrences)
         102flowers/image_NNNNN.jpg  training pictures from 00001 on, then those of testing
         attributes.csv              a row a picture: ImagePath, split and every attribute of its `Flower`
+        drawing.json                the arguments, and the version of the drawing
 
     Colour pairs in `HELD_OUT_PAIRS` occur in the test pictures only.
 
@@ -85,11 +91,53 @@ def write(folder, *, train=4096, test=512, size=64, seed=0, progress=True):
     _check("seed", seed, 0)
     folder = Path(folder)
     with _refusing_os_errors(folder), _appearing_at_the_end(folder) as unfinished:
+        drawing = json.dumps(_drawing(train, test, size, seed), indent=2)
+        (unfinished / _DRAWING).write_text(drawing + "\n")
         _write_tables(unfinished, seed, train, train + test)
         files = jpegs(seed, size, train, train + test)
         pictures = tqdm(files, "drawing", train + test, disable=None if progress else True)
         for index, data in enumerate(pictures):
             (unfinished / _image_path(index)).write_bytes(data)
+
+
+def require_same(folder, *, train=TRAIN, test=TEST, size=SIZE, seed=SEED):
+    """Refuses paper flowers that `write` would draw otherwise today; data of another kind are passed over.
+
+    Args:
+        folder: a data folder. Nothing in it is changed.
+        train, test, size, seed: as for `write`.
+
+    Raises:
+        InputError: names what differs, and what can be done.
+    """
+    folder = Path(folder)
+    if not any((folder / name).exists() for name in (_DRAWING, "attributes.csv")):
+        return
+    found, wanted = _read_drawing(folder / _DRAWING), _drawing(train, test, size, seed)
+    unlike = [
+        f"{name} {found.get(name, 'unknown')}, expected {value}"
+        for name, value in wanted.items()
+        if found.get(name) != value
+    ]
+    if unlike:
+        raise InputError(
+            f"{folder}: received paper flowers of {'; '.join(unlike)}; remove or rename the folder to have them drawn "
+            "anew, or name another folder with --data"
+        )
+
+
+def _drawing(train, test, size, seed):
+    """All that the files depend on, as `drawing.json` keeps it."""
+    return {"version": VERSION, "train": int(train), "test": int(test), "size": int(size), "seed": int(seed)}
+
+
+def _read_drawing(file):
+    """What `_drawing` gave; empty where an older version wrote none."""
+    try:
+        found = json.loads(file.read_text()) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read: {error}") from error
+    return found if isinstance(found, dict) else {}
 
 
 def _check(name, value, least, most=None):

@@ -12,7 +12,6 @@ from input_pipeline.batches import (
 )
 from input_pipeline.caches import Latents, TextContext, cached_latents, cached_text
 from input_pipeline.data_folder import CaptionedPictures, load_data
-from input_pipeline.files import atomic_file, fingerprint
 from input_pipeline.pictures import read_pictures
 from input_pipeline.randomness import key, sample_order, split
 from input_pipeline.safe_pickle import safe_read_pickle
@@ -24,11 +23,9 @@ __all__ = [
     "Latents",
     "TextContext",
     "Vocabulary",
-    "atomic_file",
     "augment",
     "cached_latents",
     "cached_text",
-    "fingerprint",
     "key",
     "latent_batches",
     "load_data",

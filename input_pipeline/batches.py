@@ -5,6 +5,7 @@ its own noise and times, so that a resumed run, or one on more replicas, sees th
 """
 
 import os
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -49,8 +50,7 @@ def picture_batches(
             "sample_ids": sample_ids,
         }
         if latent_shape is not None:
-            shape = (batch_size, *latent_shape)
-            values["posterior_noise"] = tf.random.stateless_normal(shape, key(seed, step, "posterior"))
+            values["posterior_noise"] = _Draws(batch_size, seed, step).normal(latent_shape, "posterior")
         return values
 
     return _endless(batch, start_step)
@@ -64,11 +64,10 @@ def latent_batches(
     batch_size,
     seed,
     caption_dropout,
+    times,
     start_step=0,
     context=None,
-    posterior_sample=True,
     ids=None,
-    times=None,
 ):
     """Batches for the diffusion model, from cached latents.
 
@@ -79,17 +78,15 @@ def latent_batches(
         batch_size: B.
         seed: Whole number.
         caption_dropout: Share of captions replaced by the empty text, for classifier-free guidance.
+        times: Function from uniform shares of (0, 1), (B,), to diffusion times, such as `diffusion.times` makes.
         start_step: As for `picture_batches`.
         context: `TextContext` of a frozen text encoder, or None.
-        posterior_sample: Whether to sample the latents from their posterior; otherwise its mean.
         ids: The pictures to use; default all.
-        times: Function from uniform shares of (0, 1), (B,), to diffusion times, such as `diffusion.times` makes; None
-            takes the shares themselves.
 
     Returns:
-        Infinite tf.data.Dataset of dicts: `latents`, `noise` float32 (B, h, w, C); `tokens` int32 (B, T), or with a
-        context `context` float32 (B, T, D); `mask` bool (B, T); `diffusion_times` float32 (B,), in [0, 1], one in each
-        B-th of their distribution; `sample_ids` int64 (B,).
+        Infinite tf.data.Dataset of dicts: `latents`, of the posterior, and `noise`, float32 (B, h, w, C); `tokens`
+        int32 (B, T), or with a context `context` float32 (B, T, D); `mask` bool (B, T); `diffusion_times` float32 (B,),
+        in [0, 1], one in each B-th of their distribution; `sample_ids` int64 (B,).
     """
     choose = _chooser(len(latents.mean), ids, batch_size, seed)
     latents_of = _latents_gatherer(latents)
@@ -97,22 +94,16 @@ def latent_batches(
     text_of, n_captions = _text_gatherer(captions, vocabulary, context)
 
     def batch(step):
-        def uniform(purpose):
-            return tf.random.stateless_uniform([batch_size], key(seed, step, purpose))
-
-        def normal(purpose):
-            return tf.random.stateless_normal([batch_size, *shape], key(seed, step, purpose))
-
-        sample_ids, shares = choose(step), _stratified(batch_size, seed, step)
-        variant = tf.cast(uniform("variant") * n_variants, tf.int64)
-        counts = tf.gather(n_captions, sample_ids)
-        caption = tf.cast(uniform("caption") * tf.cast(counts, tf.float32), tf.int64)
-        dropped = uniform("caption dropout") < caption_dropout
+        draw = _Draws(batch_size, seed, step)
+        sample_ids = choose(step)
+        variant = draw.below(n_variants, "variant")
+        caption = draw.below(tf.gather(n_captions, sample_ids), "caption")
+        dropped = draw.uniform("caption dropout") < caption_dropout
         return {
-            "latents": latents_of(sample_ids, variant, normal("posterior") if posterior_sample else None),
+            "latents": latents_of(sample_ids, variant, draw.normal(shape, "posterior")),
             **text_of(sample_ids, caption, dropped),
-            "noise": normal("noise"),
-            "diffusion_times": shares if times is None else times(shares),
+            "noise": draw.normal(shape, "noise"),
+            "diffusion_times": times(draw.stratified("time")),
             "sample_ids": sample_ids,
         }
 
@@ -283,8 +274,26 @@ def _text_gatherer(captions, vocabulary, context):
     return gather, _on_host(counts)
 
 
-def _stratified(batch_size, seed, step):
-    """Uniform in [0, 1], one in each B-th, shuffled: as times, less noise in the loss than independent ones."""
-    offset = tf.random.stateless_uniform([batch_size], key(seed, step, "time"))
-    shares = (tf.range(batch_size, dtype=tf.float32) + offset) / batch_size
-    return tf.random.experimental.stateless_shuffle(shares, key(seed, step, "time order"))
+class _Draws(NamedTuple):
+    """What is drawn for a batch: pure functions of seed, step and a purpose."""
+
+    batch_size: int
+    seed: int
+    step: tf.Tensor
+
+    def uniform(self, purpose):
+        """Uniform in [0, 1), float32 (B,)."""
+        return tf.random.stateless_uniform([self.batch_size], key(self.seed, self.step, purpose))
+
+    def below(self, bounds, purpose):
+        """Whole numbers from 0 to below their bounds, int64 (B,)."""
+        return tf.cast(self.uniform(purpose) * tf.cast(bounds, tf.float32), tf.int64)
+
+    def normal(self, shape, purpose):
+        """Standard normal, float32 (B, *shape)."""
+        return tf.random.stateless_normal([self.batch_size, *shape], key(self.seed, self.step, purpose))
+
+    def stratified(self, purpose):
+        """Uniform in [0, 1], one in each B-th, shuffled: as times, less noise in the loss than independent ones."""
+        shares = (tf.range(self.batch_size, dtype=tf.float32) + self.uniform(purpose)) / self.batch_size
+        return tf.random.experimental.stateless_shuffle(shares, key(self.seed, self.step, f"{purpose} order"))

@@ -14,8 +14,8 @@ import tensorflow as tf
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+import files
 from errors import InputError
-from input_pipeline import files
 from input_pipeline.augmentation import augment, fit, to_pixels
 from input_pipeline.randomness import key
 

@@ -22,14 +22,12 @@ class CaptionedPictures:
         paths: N picture files; they exist and lie within the data folder.
         captions: N arrays int32 (n_i, T), the n_i >= 1 captions of each picture.
         vocabulary: The `Vocabulary` of the ids.
-        test_ids: int64 (M,), the `ID` of each test caption, or None.
-        test_tokens: int32 (M, T), or None.
+        test_tokens: int32 (M, T), a caption each, or None.
     """
 
     paths: tuple[Path, ...]
     captions: list[np.ndarray]
     vocabulary: Vocabulary
-    test_ids: np.ndarray | None = None
     test_tokens: np.ndarray | None = None
 
 
@@ -75,12 +73,12 @@ def _load_cup3(root):
     ]
     paths = _picture_paths(file, root, table["ImagePath"])
     test_file = root / "dataset" / "testData.pkl"
-    tests = _cup3_tests(test_file, vocabulary) if test_file.is_file() else (None, None)
-    return CaptionedPictures(paths, captions, vocabulary, *tests)
+    tests = _cup3_tests(test_file, vocabulary) if test_file.is_file() else None
+    return CaptionedPictures(paths, captions, vocabulary, tests)
 
 
 def _cup3_tests(file, vocabulary):
-    """(test ids int64 (M,), test tokens int32 (M, T)); a test row has one caption, a plain list of ids."""
+    """Test tokens int32 (M, T); a test row has a whole number for its `ID` and one caption, a plain list of ids."""
     table = _table(file, ("ID", "Captions"))
     if table["ID"].dtype.kind not in "iu":
         raise InputError(f"{file}: column ID is of type {table['ID'].dtype}, expected whole numbers")
@@ -88,7 +86,7 @@ def _cup3_tests(file, vocabulary):
         _cup3_captions([cell], vocabulary, f"{file}: row {row}")[0]
         for row, cell in enumerate(table["Captions"])
     ]
-    return table["ID"].to_numpy(np.int64), np.stack(rows)
+    return np.stack(rows)
 
 
 def _table(file, columns):

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from errors import InputError
-from input_pipeline.files import atomic_file, fingerprint
+from files import atomic_file, fingerprint
 
 SMALLEST_SIDE = 8  # pixels
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")

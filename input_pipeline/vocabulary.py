@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import InputError
-from input_pipeline.files import atomic_file
+from files import atomic_file
 
 PAD, RARE = "<PAD>", "<RARE>"
 _PUNCTUATION = re.compile(r"[^\w\s]|_")

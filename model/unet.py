@@ -5,6 +5,7 @@ the tiny one of the default preset and the Cup's 128-256-512-512 the same class.
 """
 
 import math
+from typing import NamedTuple
 
 import keras
 from keras import ops
@@ -200,58 +201,27 @@ class UNet(keras.Model):
                 "UNet needs one attention flag a level. "
                 f"Received: attention_levels={attention_levels}, level_channels={level_channels}"
             )
-
-        # Channels a head, level by level
         heads = (head_channels,) * len(level_channels) if isinstance(head_channels, int) else head_channels
+        levels = [_Level(*row) for row in zip(level_channels, heads, attention_levels, strict=True)]
+        width = level_channels[0]
 
-        # Inputs
         latents = keras.Input((None, None, latent_channels), name="latents")
         times = keras.Input((), name="times")
         context = keras.Input(context_shape, name="context")
         mask = keras.Input((context_shape[0],), dtype="bool", name="mask")
-        width = level_channels[0]
         embedding = TimeEmbedding(width, 4 * width, name="time_embedding")(times)
         if pooled_context:
             embedding = embedding + PooledContext(4 * width, name="pooled_context")(context, mask)
+        block = _Blocks(groups, ff_expansion, embedding, context, mask)
 
-        def block(x, channels, head, attends, place, index):
-            x = ResidualBlock(channels, groups, name=f"{place}.resnets.{index}")(x, embedding)
-            if attends:
-                x = TransformerBlock(
-                    channels,
-                    channels // head,
-                    groups,
-                    ff_expansion,
-                    name=f"{place}.attentions.{index}",
-                )(x, context, mask)
-            return x
-
-        # Down
         x = conv3(width, "conv_in")(latents)
-        skips = [x]
-        table = list(zip(level_channels, heads, attention_levels, strict=True))
-        for level, (channels, head, attends) in enumerate(table):
-            for index in range(blocks):
-                x = block(x, channels, head, attends, f"down_blocks.{level}", index)
-                skips.append(x)
-            if level < len(table) - 1:
-                x = Downsample(channels, symmetric=True, name=f"down_blocks.{level}.downsamplers.0")(x)
-                skips.append(x)
-
-        # Middle
-        x = block(x, level_channels[-1], heads[-1], True, "mid_block", 0)
-        x = block(x, level_channels[-1], heads[-1], False, "mid_block", 1)
-
-        # Up
-        for level, (channels, head, attends) in enumerate(reversed(table)):
-            for index in range(blocks + 1):
-                x = ops.concatenate([x, skips.pop()], axis=-1)
-                x = block(x, channels, head, attends, f"up_blocks.{level}", index)
-            if level < len(table) - 1:
-                x = Upsample(channels, name=f"up_blocks.{level}.upsamplers.0")(x)
-
+        x, skips = _down(x, levels, blocks, block)
+        x = block(x, levels[-1]._replace(attends=True), "mid_block", 0)
+        x = block(x, levels[-1]._replace(attends=False), "mid_block", 1)
+        x = _up(x, skips, levels, blocks, block)
         x = ops.silu(GroupNorm(groups, 1e-5, name="conv_norm_out")(x))
         out = conv3(latent_channels, "conv_out", kernel_initializer="zeros", dtype="float32")(x)
+
         super().__init__([latents, times, context, mask], out, name=name)
         self._arguments = {
             "latent_channels": latent_channels,
@@ -268,3 +238,60 @@ class UNet(keras.Model):
 
     def get_config(self):
         return dict(self._arguments)
+
+
+class _Level(NamedTuple):
+    """A row of the table of levels."""
+
+    channels: int
+    head_channels: int  # channels a head of the attention
+    attends: bool
+
+
+class _Blocks(NamedTuple):
+    """Applies a residual block, and a transformer block where the level attends; what all blocks see is given once."""
+
+    groups: int
+    ff_expansion: int
+    embedding: keras.KerasTensor  # (B, E), of the time and perhaps of the pooled context
+    context: keras.KerasTensor  # (B, T, D)
+    mask: keras.KerasTensor  # (B, T)
+
+    def __call__(self, x, level, place, index):
+        """(B, H, W, Cin) -> (B, H, W, C); `place` and `index` name the layers."""
+        resnet = ResidualBlock(level.channels, self.groups, name=f"{place}.resnets.{index}")
+        x = resnet(x, self.embedding)
+        if not level.attends:
+            return x
+        attention = TransformerBlock(
+            level.channels,
+            level.channels // level.head_channels,
+            self.groups,
+            self.ff_expansion,
+            name=f"{place}.attentions.{index}",
+        )
+        return attention(x, self.context, self.mask)
+
+
+def _down(x, levels, blocks, block):
+    """From the finest level to the coarsest: (its feature map, all that the way up takes from the way down)."""
+    skips = [x]
+    for number, level in enumerate(levels):
+        for index in range(blocks):
+            x = block(x, level, f"down_blocks.{number}", index)
+            skips.append(x)
+        if number < len(levels) - 1:
+            x = Downsample(level.channels, symmetric=True, name=f"down_blocks.{number}.downsamplers.0")(x)
+            skips.append(x)
+    return x, skips
+
+
+def _up(x, skips, levels, blocks, block):
+    """From the coarsest level to the finest; every block takes one of `skips`, the last first."""
+    for number, level in enumerate(reversed(levels)):
+        for index in range(blocks + 1):
+            x = ops.concatenate([x, skips.pop()], axis=-1)
+            x = block(x, level, f"up_blocks.{number}", index)
+        if number < len(levels) - 1:
+            x = Upsample(level.channels, name=f"up_blocks.{number}.upsamplers.0")(x)
+    return x

@@ -4,8 +4,12 @@ Set CUDA_VISIBLE_DEVICES to test on a GPU, CUP3_REAL_DATA to the folder that hol
 photographs, and CUP3_NO_SKIPS=1 to fail when a test is skipped for want of anything but torch.
 """
 
+import contextlib
+import csv
 import importlib.util
+import io
 import os
+import shutil
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
@@ -17,12 +21,17 @@ import pytest
 import tensorflow as tf
 from keras import ops
 
+import cup3
+from checkpoint import RunFolder
+from dataset import paper_flowers
 from diffusion.schedule import Process
 from generate import Networks
 from input_pipeline import Vocabulary
 from model.text_encoder import VocabularyEncoder
 from model.unet import UNet
 from model.vae import AutoencoderKL
+from tests.run_folders import CONFIG
+from tests.tiny_runs import words
 
 # Replicas need devices, and devices are fixed by the first operation: so here, before any test.
 _CPU = tf.config.list_physical_devices("CPU")[0]
@@ -35,6 +44,13 @@ _unmet = []
 def two_replicas():
     """A `tf.distribute` strategy of two replicas, both on the CPU."""
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A new run folder, open for writing."""
+    with RunFolder.open(tmp_path / "run", CONFIG) as run:
+        yield run
 
 
 TOY_TEXTS = ("one red flower", "a blue flower with a yellow center", "two green leaves")
@@ -51,10 +67,11 @@ def toy_networks():
         text_encoder = VocabularyEncoder(vocabulary.size, vocabulary.length, width=8, layers=1, heads=2)
         shape = {"head_channels": 4, "groups": 4, "ff_expansion": 1}
         unet = UNet(2, (8,), (True,), blocks=0, context_shape=text_encoder.context_shape, **shape)
+        process = Process(target, max_signal_rate=0.95, min_signal_rate=0.02)
         rng = np.random.default_rng(seed)
         for weight in vae.weights + text_encoder.weights + unet.weights:
             weight.assign_add(rng.uniform(0.05, 0.2, weight.shape))
-        return Networks(vae, text_encoder, unet, Process(target), vocabulary)
+        return Networks(vae, text_encoder, unet, process, vocabulary)
 
     return make
 
@@ -79,6 +96,38 @@ def light_networks(toy_networks):
         return networks._replace(unet=unet, text_encoder=text_encoder)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def flowers(tmp_path_factory):
+    """A folder of 48 paper flowers for training and 8 for testing."""
+    folder = tmp_path_factory.mktemp("data") / "flowers"
+    paper_flowers.write(folder, train=48, test=8, size=32, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(flowers, tmp_path_factory):
+    """(run folder, what was printed) of a run that nothing stopped."""
+    folder, printed = tmp_path_factory.mktemp("runs") / "run", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert cup3.main(words(flowers, folder)) == 0
+    return folder, printed.getvalue()
+
+
+@pytest.fixture
+def photographs(flowers, tmp_path):
+    """A folder of pictures with a `metadata.csv`: so few that their KID has no floor."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file_name", "text"])
+        for index, path in enumerate(sorted((flowers / "102flowers").iterdir())[:12]):
+            shutil.copy(path, folder / path.name)
+            table.writerow([path.name, f"Flower, number {index}!"])
+            table.writerow([path.name, "the same one again"])
+    return folder
 
 
 def _note_skip(report):

@@ -139,27 +139,47 @@ def test_light_takes_smaller_networks_than_the_cups():
 
 FINITE = "expected a finite number, at least"
 
+
+def place(flag):
+    """The keyword of `changed` for a flag."""
+    short = {"epochs": "training.epochs", "batch-size": "training.batch-size"}
+    return short.get(flag, flag).replace(".", "__").replace("-", "_")
+
+
+TOO_SMALL = [  # setting, value, the least that works
+    ("image-size", 4, 8),
+    ("image-size", -64, 8),
+    ("seed", -1, 0),
+    ("epochs", 0, 1),
+    ("batch-size", -5, 1),
+    ("training.latent-crops", 0, 1),
+    ("vae-training.epochs", 0, 1),
+    ("vae-training.batch-size", 0, 1),
+    ("vae-training.kl-weight", -1.0, 0),
+    ("vae-training.perceptual-weight", -1.0, 0),
+    ("evaluation.images", 2, 3),
+    ("evaluation.every", 0, 1),
+    ("evaluation.steps", 0, 1),
+    ("evaluation.batch-size", 0, 1),
+    ("evaluation.previews", 0, 1),
+    ("evaluation.size", 31, 32),
+    ("vae.latent-channels", 0, 1),
+    ("vae.groups", 0, 1),
+    ("unet.groups", 0, 1),
+    ("unet.blocks", -1, 0),
+    ("unet.ff-expansion", 0, 1),
+    ("text-encoder.width", 0, 1),
+    ("text-encoder.heads", 0, 1),
+    ("text-encoder.layers", -1, 0),
+]
+
 REFUSED = [
-    ({"image_size": 4}, f"--image-size: received 4, {FINITE} 8"),
-    ({"image_size": -64}, f"--image-size: received -64, {FINITE} 8"),
-    ({"seed": -1}, f"--seed: received -1, {FINITE} 0"),
-    ({"seed": 2**32}, f"--seed: received {2**32}, expected at most {2**32 - 1}"),
-    ({"training__epochs": 0}, f"--epochs: received 0, {FINITE} 1"),
-    ({"training__batch_size": -5}, f"--batch-size: received -5, {FINITE} 1"),
-    ({"training__latent_crops": 0}, f"--training.latent-crops: received 0, {FINITE} 1"),
-    ({"vae_training__epochs": 0}, f"--vae-training.epochs: received 0, {FINITE} 1"),
-    ({"vae_training__batch_size": 0}, f"--vae-training.batch-size: received 0, {FINITE} 1"),
-    ({"vae_training__kl_weight": -1.0}, f"--vae-training.kl-weight: received -1.0, {FINITE} 0"),
-    (
-        {"vae_training__perceptual_weight": -1.0},
-        f"--vae-training.perceptual-weight: received -1.0, {FINITE} 0",
+    *(
+        ({place(flag): value}, f"--{flag}: received {value}, {FINITE} {least}")
+        for flag, value, least in TOO_SMALL
     ),
-    ({"evaluation__images": 2}, f"--evaluation.images: received 2, {FINITE} 3"),
-    ({"evaluation__every": 0}, f"--evaluation.every: received 0, {FINITE} 1"),
-    ({"evaluation__steps": 0}, f"--evaluation.steps: received 0, {FINITE} 1"),
-    ({"evaluation__batch_size": 0}, f"--evaluation.batch-size: received 0, {FINITE} 1"),
-    ({"evaluation__previews": 0}, f"--evaluation.previews: received 0, {FINITE} 1"),
-    ({"evaluation__size": 31}, f"--evaluation.size: received 31, {FINITE} 32"),
+    ({"seed": 2**32}, f"--seed: received {2**32}, expected at most {2**32 - 1}"),
+    ({"evaluation__size": 1025}, "--evaluation.size: received 1025, expected at most 1024"),
     (
         {"evaluation__network": "inception_v3", "evaluation__size": 74},
         f"--evaluation.size: received 74, {FINITE} 75",
@@ -170,14 +190,6 @@ REFUSED = [
         {"evaluation__network": "vgg"},
         "--evaluation.network: received 'vgg', expected one of efficientnet_lite0, inception_v3",
     ),
-    ({"vae__latent_channels": 0}, f"--vae.latent-channels: received 0, {FINITE} 1"),
-    ({"vae__groups": 0}, f"--vae.groups: received 0, {FINITE} 1"),
-    ({"unet__groups": 0}, f"--unet.groups: received 0, {FINITE} 1"),
-    ({"unet__blocks": -1}, f"--unet.blocks: received -1, {FINITE} 0"),
-    ({"unet__ff_expansion": 0}, f"--unet.ff-expansion: received 0, {FINITE} 1"),
-    ({"text_encoder__width": 0}, f"--text-encoder.width: received 0, {FINITE} 1"),
-    ({"text_encoder__heads": 0}, f"--text-encoder.heads: received 0, {FINITE} 1"),
-    ({"text_encoder__layers": -1}, f"--text-encoder.layers: received -1, {FINITE} 0"),
     ({"vae__level_channels": ()}, "--vae.level-channels: received none, expected the channels of a level"),
     ({"unet__level_channels": ()}, "--unet.level-channels: received none, expected the channels of a level"),
     (
@@ -304,5 +316,6 @@ def test_what_cannot_work_is_refused_by_name(changes, line):
 def test_what_is_at_the_edge_works():
     check(changed(Config(), seed=2**32 - 1, training__warmup_steps=0, training__clip_norm=0.0))
     check(changed(Config(), training__steps_per_epoch=None, vae_training__steps_per_epoch=None))
+    check(changed(Config(), evaluation__size=1024, augmentation__resize_max=4.0))
     check(changed(Config(), train_vae=False, vae_from="elsewhere"))
     check(changed(Config(), training__ema=0.0, training__caption_dropout=1.0, vae__latent_scale=0.18215))

@@ -98,7 +98,7 @@ def test_data_draws_the_flowers(tmp_path, capsys):
     assert f"drawing 3 + 2 paper flowers of 32 px into {tmp_path / 'a'}" in capsys.readouterr().out
     paper_flowers.write(tmp_path / "b", train=3, test=2, size=32, seed=4, progress=False)
     files = [path.relative_to(tmp_path / "b") for path in (tmp_path / "b").rglob("*") if path.is_file()]
-    assert len(files) == 11
+    assert len(files) == 12
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from errors import InputError
-from input_pipeline.files import atomic_file, fingerprint
+from files import atomic_file, fingerprint
 
 
 def test_fingerprint_is_the_same_for_the_same_things():

@@ -25,6 +25,12 @@ def reduced_step(strategy, gradients_of_replicas, optimizer, variables):
     strategy.run(tf.function(step))
 
 
+def weights_of(networks):
+    """The trainable variables of all three networks."""
+    parts = (networks.vae, networks.text_encoder, networks.unet)
+    return [variable for network in parts for variable in network.trainable_variables]
+
+
 @pytest.mark.parametrize("gradients", [[[18.0, 24.0], [-6.0, -8.0]], [[6.0, 8.0], [6.0, 8.0]]])
 def test_clipping_sees_the_gradient_of_the_whole_batch(two_replicas, gradients):
     # The mean over the replicas is (6, 8), whose norm of 10 is clipped to 1; replica by replica it would be 2 or 0.
@@ -75,12 +81,7 @@ def test_adamw_is_the_papers_and_decays_kernels_only():
 
 
 def test_of_our_networks_only_matrices_and_convolutions_decay(toy_networks):
-    networks = toy_networks()
-    variables = [
-        variable
-        for network in (networks.vae, networks.text_encoder, networks.unet)
-        for variable in network.trainable_variables
-    ]
+    variables = weights_of(toy_networks())
     optimizer = adamw(variables, learning_rate=0.1, weight_decay=0.5, clip_norm=0)
     before = arrays(variables)
     optimizer.apply([tf.zeros(variable.shape) for variable in variables], variables)  # decay is all that acts
@@ -182,16 +183,17 @@ def test_muon_keeps_no_squares_of_matrices():
 
 
 def test_muon_takes_kernels_but_the_first_and_last_of_our_networks(toy_networks):
-    networks = toy_networks()
-    variables = [
-        variable
-        for network in (networks.unet, networks.text_encoder, networks.vae)
-        for variable in network.trainable_variables
-    ]
-    left = [variable.path for variable in variables if len(variable.shape) >= 2 and not is_matrix(variable)]
-    assert any("conv_in" in path for path in left) and any("conv_out" in path for path in left)
-    assert all(any(word in path for word in ("conv_in", "conv_out", "words", "positions")) for path in left)
-    assert sum(is_matrix(variable) for variable in variables) > 20
+    matrices, left = set(), set()
+    for variable in weights_of(toy_networks()):
+        if len(variable.shape) >= 2:
+            (matrices if is_matrix(variable) else left).add(variable.path)
+    ends = ["conv_in", "conv_out"]  # of the U-Net
+    ends += ["encoder.conv_in", "encoder.conv_out", "quant_conv"]
+    ends += ["post_quant_conv", "decoder.conv_in", "decoder.conv_out"]
+    tables = {path for path in left if path.endswith("/embeddings")}
+    assert {path.rsplit("/", 1)[0].rsplit("/", 1)[-1] for path in tables} == {"words", "positions"}
+    assert left - tables == {f"{layer}/kernel" for layer in ends}
+    assert len(matrices) > 20
 
 
 def test_muon_on_two_replicas_is_muon_on_one(two_replicas):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import files
 from errors import InputError
-from input_pipeline import files
 from input_pipeline.pictures import read_pictures
 
 

@@ -1,5 +1,6 @@
 """A step does what the formula says, on one replica and on two, and nothing else changes the weights."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from input_pipeline import (
 )
 from metrics import KID, kid, psnr
 from model.vae import AutoencoderKL
-from optimizers import adamw
+from optimizers import adamw, is_matrix, muon
 from trainer import LatentDiffusionTrainer, VAETrainer, reconstruct
 
 IMAGE_SIZE, LATENT_SHAPE = 16, (8, 8, 2)
@@ -98,22 +99,11 @@ def captions(n=13):
     return list(tokens)
 
 
-def fit_diffusion(strategy, light_networks):
-    """Two epochs of the diffusion trainer; the gradient is never clipped, so that its scale shows in the optimizer."""
-    with strategy.scope():
-        networks = light_networks(1)
-        settings = {"kid": KID(Colours()), "kid_images": REAL, "kid_tokens": np.concatenate(captions())[:6]}
-        trainer = LatentDiffusionTrainer(
-            networks, IMAGE_SIZE, EMA, draw={"steps": 2, "guidance": 2.0}, draw_batch=4, **settings
-        )
-        trainer.compile(adamw(trainer.trained_variables, learning_rate=0.01, weight_decay=0.1, clip_norm=0))
-    averaged = arrays(trainer.ema_unet.weights + trainer.ema_text_encoder.weights)
-    data = (latents(), captions(), networks.vocabulary)
-    stream = {"batch_size": BATCH, "seed": 3}
-    validation = validation_batches(*data, batch_size=4, seed=3, ids=range(5))
+def two_epochs(trainer, training, validation):
+    """Trains and returns what can be seen of it."""
     watch = Watch()
     history = trainer.fit(
-        latent_batches(*data, **stream, caption_dropout=0.3),
+        training,
         steps_per_epoch=STEPS // 2,
         epochs=2,
         validation_data=validation,
@@ -121,7 +111,25 @@ def fit_diffusion(strategy, light_networks):
         shuffle=False,
         verbose=0,
     ).history
-    return Trained(trainer, averaged, watch, history, validation)
+    return Trained(trainer, [], watch, history, validation)
+
+
+def fit_diffusion(strategy, light_networks, optimizer=adamw):
+    """Two epochs of the diffusion trainer; the gradient is never clipped, so that its scale shows in the optimizer."""
+    with strategy.scope():
+        networks = light_networks(1)
+        settings = {"kid": KID(Colours()), "kid_images": REAL, "kid_tokens": np.concatenate(captions())[:6]}
+        trainer = LatentDiffusionTrainer(
+            networks, IMAGE_SIZE, EMA, draw={"steps": 2, "guidance": 2.0}, draw_batch=4, **settings
+        )
+        settings = {"learning_rate": 0.01, "weight_decay": 0.1, "clip_norm": 0}
+        trainer.compile(optimizer(trainer.trained_variables, **settings))
+    averaged = arrays(trainer.ema_unet.weights + trainer.ema_text_encoder.weights)
+    data = (latents(), captions(), networks.vocabulary)
+    stream = {"batch_size": BATCH, "seed": 3}
+    validation = validation_batches(*data, batch_size=4, seed=3, ids=range(5))
+    training = latent_batches(*data, **stream, caption_dropout=0.3, times=tf.identity)
+    return two_epochs(trainer, training, validation)._replace(averaged_before=averaged)
 
 
 def distance(pixels, others):
@@ -155,24 +163,16 @@ def fit_vae(strategy, _):
     pictures = np.random.default_rng(0).integers(0, 256, (13, IMAGE_SIZE, IMAGE_SIZE, 3)).astype("uint8")
     stream = {"image_size": IMAGE_SIZE, "seed": 3, "latent_shape": LATENT_SHAPE}
     validation = picture_validation_batches(pictures[:5], batch_size=4, **stream)
-    watch = Watch()
-    history = trainer.fit(
-        picture_batches(pictures, batch_size=BATCH, augmentation=Augmentation(), **stream),
-        steps_per_epoch=STEPS // 2,
-        epochs=2,
-        validation_data=validation,
-        callbacks=[watch],
-        shuffle=False,
-        verbose=0,
-    ).history
-    return Trained(trainer, [], watch, history, validation)
+    training = picture_batches(pictures, batch_size=BATCH, augmentation=Augmentation(), **stream)
+    return two_epochs(trainer, training, validation)
 
 
 @pytest.fixture(scope="module")
 def trained(two_replicas, light_networks):
     """A function (kind, replicas) -> Trained; each is trained once."""
     strategies, done = {1: tf.distribute.get_strategy(), 2: two_replicas}, {}
-    fits = {"diffusion": fit_diffusion, "vae": fit_vae}
+    by_muon = functools.partial(fit_diffusion, optimizer=muon)
+    fits = {"diffusion": fit_diffusion, "diffusion by muon": by_muon, "vae": fit_vae}
 
     def get(kind, replicas=1):
         if (kind, replicas) not in done:
@@ -182,7 +182,7 @@ def trained(two_replicas, light_networks):
     return get
 
 
-each_kind = pytest.mark.parametrize("kind", ["diffusion", "vae"])
+each_kind = pytest.mark.parametrize("kind", ["diffusion", "diffusion by muon", "vae"])
 each_number = pytest.mark.parametrize("replicas", [1, 2])
 
 
@@ -191,12 +191,18 @@ def test_two_replicas_do_what_one_does(trained, kind):
     one, two = trained(kind, 1), trained(kind, 2)
     for name, network in one.trainer.networks.items():
         assert largest_difference(arrays(network.weights), arrays(two.trainer.networks[name].weights)) < 1e-5
-    # AdamW's step hides the gradient's scale; its moments show it.
+    # The optimizers' steps hide the gradient's scale; their moments show it.
     slots = [arrays(run.trainer.optimizer.variables) for run in (one, two)]
     assert largest_difference(*slots) < 1e-3
     assert one.history.keys() == two.history.keys()
     for name, values in one.history.items():
         assert two.history[name] == pytest.approx(values, rel=1e-4), name
+
+
+def test_muon_has_matrices_and_others_to_move(trained):
+    trainer = trained("diffusion by muon").trainer
+    assert trainer.optimizer.name == "muon"
+    assert {is_matrix(variable) for variable in trainer.trained_variables} == {True, False}
 
 
 @each_kind
@@ -227,7 +233,9 @@ def test_replicas_see_different_noise(toy_networks):
     same = Latents(*(np.repeat(part[:1], 8, axis=0) for part in latents()))
     text = [captions()[0][:1]] * 8
     batch = next(
-        iter(latent_batches(same, text, vocabulary, batch_size=8, seed=0, caption_dropout=0))
+        iter(
+            latent_batches(same, text, vocabulary, batch_size=8, seed=0, caption_dropout=0, times=tf.identity)
+        )
     )  # one picture, eight times
     for name in ("noise", "latents", "diffusion_times"):
         rows = np.asarray(batch[name]).reshape(8, -1)
@@ -399,7 +407,8 @@ def test_pictures_come_from_the_averaged_networks_and_always_the_same(trained):
     networks = run.trainer.painter.networks
     assert networks.unet is run.trainer.ema_unet
     assert networks.text_encoder is run.trainer.ema_text_encoder
-    again = Painter(networks._replace(process=Process()), IMAGE_SIZE, batch_size=1)
+    process = Process("velocity", max_signal_rate=0.95, min_signal_rate=0.02)
+    again = Painter(networks._replace(process=process), IMAGE_SIZE, batch_size=1)
     settings = {"steps": 2, "guidance": 2.0}
     np.testing.assert_allclose(images, np.stack(list(again.draw(tokens, [0, 1], **settings))), atol=1)
 

@@ -1,4 +1,7 @@
-"""Fingerprints and files that are whole or absent."""
+"""Fingerprints, and files that are whole or absent.
+
+The one home of how a file is replaced: what is written lies beside its place, is flushed to the disk and then renamed.
+"""
 
 import contextlib
 import errno
@@ -35,24 +38,45 @@ def fingerprint(*parts):
 def atomic_file(path):
     """Open a file for writing bytes that appears under its name only when the block ends well.
 
+    Its folder is made where there is none.
+
     Raises:
         InputError: the disk is full or the folder cannot be written; nothing is left behind.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with replacing(path) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(f"{path}: the disk is full, nothing was written") from None
         if error.errno in (errno.EACCES, errno.EROFS):
             raise InputError(f"{path}: cannot be written ({error.strerror})") from None
         raise
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """As `atomic_file`, for a folder that is there, with every error of the disk as it comes."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        flush(path.parent)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def flush(place):
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

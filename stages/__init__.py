@@ -1,0 +1,123 @@
+"""The order of the work: data, autoencoder, latents, diffusion, pictures.
+
+Every stage asks the run folder what is done already and goes on from there, so that the same command, given
+again, resumes. The room that sees the whole config, of which the others get their parts.
+"""
+
+import contextlib
+import time
+from pathlib import Path
+
+import config as settings
+from callbacks import Interrupted, Signals
+from checkpoint import RunFolder, assign, named_variables
+from evaluate import follows_captions, plot_curves
+from files import atomic_file
+from model.perceptual import FeatureNetwork
+from stages.autoencoder import trained_autoencoder
+from stages.data import prepared_data
+from stages.devices import strategy_on
+from stages.latent_diffusion import latents_of, text_encoder_from, trained_diffusion
+
+PROBED_CAPTIONS = 256
+PROBED_ATTRIBUTES = ("petal_color", "center_color", "petals")
+
+
+class Stopped(Exception):
+    """A signal stopped the run; it is saved. `signal` is the signal's number."""
+
+    def __init__(self, run, number):
+        super().__init__(f"Stopped; {run} is saved. Give the same command again to go on.")
+        self.signal = number
+
+
+def train(config: settings.Config) -> Path:
+    """Trains a text-to-image model end to end, or goes on where the run folder stands.
+
+    Args:
+        config: all settings.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        InputError: settings, data or run folder that cannot be used.
+        Stopped: a signal came; everything is saved.
+    """
+    settings.check(config)
+    batch_sizes = {
+        "--vae-training.batch-size": config.vae_training.batch_size,
+        "--batch-size": config.training.batch_size,
+    }
+    strategy = strategy_on(config.gpus, batch_sizes)
+    with RunFolder.open(config.run, settings.to_dict(config)) as run, Signals() as signals:
+        try:
+            with _stage("data"):
+                data = prepared_data(config, run)
+            if run.curves_path.exists():  # the last thing that a run writes
+                print("\nThis run is finished; there is nothing left to do.")
+            else:
+                _train(config, run, data, strategy, signals)
+            _say_where(run, data)
+        except Interrupted as stop:
+            raise Stopped(config.run, stop.signal) from stop
+    return run.path
+
+
+def _train(config, run, data, strategy, signals):
+    judge = config.evaluation
+    # First of all, so that what cannot be had is refused before anything is trained.
+    features = FeatureNetwork(judge.network, judge.size, judge.weights)
+    text = text_encoder_from(config.text_from, data.vocabulary) if config.text_from else None
+    with _stage("autoencoder"):
+        vae = trained_autoencoder(config, run, data, strategy, signals)
+    with _stage("latents"):
+        latents = latents_of(config, run, data, vae)
+    with _stage("diffusion"):
+        trainer = trained_diffusion(config, run, data, vae, latents, features, text, strategy, signals)
+    with _stage("pictures"):
+        _pictures(run, data, trainer)
+
+
+@contextlib.contextmanager
+def _stage(name):
+    """Prints a heading, and how long the stage took."""
+    print(f"\n== {name}", flush=True)
+    started = time.monotonic()
+    yield
+    print(f"   {name}: {time.monotonic() - started:.1f} s", flush=True)
+
+
+# The end.
+
+
+def _pictures(run, data, trainer):
+    best = run.best("diffusion")
+    if best:  # the best averaged networks take the place of the last ones; the compiled painter stays
+        for name in ("ema_unet", "ema_text_encoder"):
+            assign(named_variables(trainer.networks[name]), best.tensors, name, source=run.path)
+    if data.has_probe:
+        captions = data.vocabulary.decode(data.shown_tokens[:PROBED_CAPTIONS])
+        _report_probe(run, follows_captions(trainer.painter, captions, **trainer.draw_settings))
+    with atomic_file(run.curves_path) as file:
+        plot_curves(run.rows(), file)
+
+
+def _report_probe(run, right):
+    run.truncate_log("probe", -1)
+    run.log({"stage": "probe", "step": 0, **right})
+    shares = ", ".join(f"{name.replace('_', ' ')} {right[name]:.1%}" for name in PROBED_ATTRIBUTES)
+    print(f"   of {right['n']} test captions the pictures follow: {shares}")
+
+
+def _say_where(run, data):
+    best = run.best_state("diffusion")
+    prompt = data.vocabulary.decode(data.shown_tokens[:1])[0]
+    print(f"   pictures         {run.path / 'samples'}")
+    print(f"   curves           {run.curves_path}")
+    if best:
+        interval = f"[{best['low']:.4f}, {best['high']:.4f}]"
+        print(
+            f"   best checkpoint  {run.path / 'best'}, of epoch {best['epoch']}, KID {best['value']:.4f} {interval}"
+        )
+    print(f'\nDraw a picture:\n   python cup3.py generate --run {run.path} --prompt "{prompt}"')

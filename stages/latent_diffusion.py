@@ -1,0 +1,168 @@
+"""The order of the work: latents and text, encoded once, and the U-Net that is trained on them."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import config as settings
+import input_pipeline as pipeline
+from callbacks import Keeper
+from checkpoint import RunFolder, assign, named_variables
+from diffusion.schedule import Process
+from diffusion.times import training_times
+from errors import InputError
+from files import fingerprint
+from generate import Networks, make_diffusion
+from metrics import Protocol
+from stages.fitting import fit, optimizer_of, steps_an_epoch
+from trainer import KID, LatentDiffusionTrainer
+
+
+def latents_of(config, run, data, vae):
+    """The `input_pipeline.Latents` of all pictures, from the run's cache where it is of this autoencoder."""
+
+    @tf.function
+    def encode(pixels):
+        return vae.encode(pixels)
+
+    return pipeline.cached_latents(
+        data.pictures,
+        lambda pixels: tuple(np.asarray(part) for part in encode(pixels)),
+        cache_file=run.cache_path("latents.safetensors"),
+        fingerprint={
+            "vae": fingerprint(*(np.asarray(weight) for weight in vae.weights)),
+            "pictures": data.fingerprint,
+        },
+        image_size=config.image_size,
+        augmentation=data.augmentation,
+        crops=config.training.latent_crops,
+        seed=config.seed,
+    )
+
+
+def trained_diffusion(config, run, data, vae, latents, features, text, strategy, signals):
+    """Trains the U-Net, and the text encoder unless `text` gives it; returns the trainer.
+
+    Args:
+        config, run, data, strategy, signals: of the run.
+        vae: its trained autoencoder.
+        latents: of all its pictures, by `latents_of`.
+        features: images -> features for KID.
+        text: tensors of another run's text encoder, by `text_encoder_from`, or None.
+    """
+    stage = config.training
+    steps_per_epoch = steps_an_epoch(stage, len(data.train_ids))
+    keeper = Keeper(
+        run, "diffusion", steps_per_epoch, signals, stage.epochs, kid_every=config.evaluation.every
+    )
+    keras.utils.set_random_seed(config.seed)  # again: a resumed run may not have trained the autoencoder
+    with strategy.scope():
+        trainer = _trainer(config, data, vae, features, text)
+        trainer.compile(optimizer_of(trainer, stage, steps_per_epoch))
+    keeper.finish_row, keeper.choose = _judgement(config, run, data, trainer)
+    stream = {
+        "captions": data.captions,
+        "vocabulary": data.vocabulary,
+        "batch_size": stage.batch_size,
+        "seed": config.seed,
+        "context": _text_context(run, data, trainer.text_encoder) if text else None,
+    }
+    fit(
+        trainer,
+        keeper,
+        lambda step: pipeline.latent_batches(
+            latents,
+            caption_dropout=stage.caption_dropout,
+            times=training_times(stage.times, trainer.process),
+            start_step=step,
+            ids=data.train_ids,
+            **stream,
+        ),
+        pipeline.validation_batches(latents, ids=data.validation_ids, **stream),
+    )
+    return trainer
+
+
+def _trainer(config, data, vae, features, text):
+    """The trainer of new networks, of which the text encoder gets the weights of `text` if there are any."""
+    judge = config.evaluation
+    unet, text_encoder = make_diffusion(config, data.vocabulary)
+    if text:
+        assign(named_variables(text_encoder), text, "ema_text_encoder", source=config.text_from)
+    process = Process(**settings.part(config.diffusion))
+    return LatentDiffusionTrainer(
+        Networks(vae, text_encoder, unet, process, data.vocabulary),
+        config.image_size,
+        ema=config.training.ema,
+        train_text_encoder=text is None,
+        kid=KID(features),
+        kid_images=data.whole(data.validation_ids, config.image_size),
+        kid_tokens=data.validation_tokens[: judge.images],
+        draw={"steps": judge.steps, "guidance": judge.guidance},
+        draw_batch=judge.batch_size,
+    )
+
+
+def _judgement(config, run, data, trainer):
+    """What the `Keeper` asks at the end of an epoch: (`finish_row`, `choose`)."""
+    protocol = _protocol(config, trainer, data)
+    shown_tokens = data.shown_tokens[: config.evaluation.previews]
+
+    def finish_row(epoch, row):
+        trainer.plot_images(shown_tokens, run.sample_path(f"epoch_{epoch + 1:03d}.png"))
+        if "val_kid" not in row:
+            return {}
+        estimate, floor = trainer.kid_metric.estimate(), trainer.kid_metric.floor()
+        measured = {"val_kid_low": estimate.low, "val_kid_high": estimate.high, "val_kid_floor": floor.value}
+        return {**measured, "protocol": protocol}
+
+    def choose(row):
+        if "val_kid" not in row:
+            return None
+        return trainer.kid_metric.estimate(), {"protocol": protocol}
+
+    return finish_row, choose
+
+
+def _protocol(config, trainer, data):
+    return Protocol(
+        **trainer.kid_metric.feature_network.protocol,
+        n_real=len(data.validation_ids),
+        n_generated=len(trainer.kid_tokens),
+        sampler="ddim",
+        steps=config.evaluation.steps,
+        guidance=config.evaluation.guidance,
+        ema=True,  # the averaged networks draw
+        seed=0,
+    ).to_dict()
+
+
+def text_encoder_from(path, vocabulary):
+    """The tensors of another run of the same words, among them its averaged text encoder."""
+    run = RunFolder.read(path)
+    saved = run.best("diffusion") or run.latest("diffusion")
+    if saved is None:
+        raise InputError(f"--text-from: received {path}, expected a run with a trained text encoder")
+    if pipeline.Vocabulary.load(run.vocabulary_path).words != vocabulary.words:
+        raise InputError(f"--text-from: received {path}, whose words are not those of the data")
+    return saved.tensors
+
+
+def _text_context(run, data, text_encoder):
+    """The embeddings of all captions by the frozen text encoder, computed once."""
+
+    @tf.function
+    def encode(tokens, mask):
+        return text_encoder([tokens, mask])
+
+    def context_and_mask(tokens):
+        mask = data.vocabulary.mask(tokens)
+        return np.asarray(encode(tokens, mask)), mask
+
+    return pipeline.cached_text(
+        data.captions,
+        data.vocabulary.empty(),
+        context_and_mask,
+        cache_file=run.cache_path("text.safetensors"),
+        fingerprint={"text encoder": fingerprint(*(np.asarray(weight) for weight in text_encoder.weights))},
+    )

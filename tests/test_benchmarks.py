@@ -1,0 +1,90 @@
+"""What the benchmarks measure is what the run draws, and what they cannot measure is one line and exit code 2."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from benchmarks import paper_flowers
+from benchmarks.paper_flowers import Options, main
+from generate import Painter, load
+from input_pipeline import load_data, read_pictures
+from metrics import psnr
+from trainer import reconstruct
+
+
+def refusal(capsys, **options):
+    assert main(Options(**options)) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    return printed.err.removeprefix("paper_flowers: ").rstrip("\n")
+
+
+def test_the_figures_are_those_of_the_runs_pictures(finished, flowers, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def follows_captions(painter, captions, seed, **settings):
+        asked.append((captions, seed, settings))
+        return {"n": len(captions)}
+
+    monkeypatch.setattr(paper_flowers, "follows_captions", follows_captions)
+    options = Options(
+        run=str(finished[0]), count=5, steps=1, guidance=0.0, json=str(tmp_path / "figures.json")
+    )
+    assert main(options) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures == json.loads(capsys.readouterr().out)
+    data = load_data(flowers)
+    assert asked[0] == (data.vocabulary.decode(data.test_tokens[:5]), 1000, {"steps": 1, "guidance": 0.0})
+    held_out = [paper_flowers.HELD_OUT_PAIRS & pairs_of(caption) for caption in asked[1][0]]
+    assert len(held_out) == 5 and all(held_out)
+    networks, _ = load(finished[0])
+    paths = sorted((flowers / "102flowers").iterdir())[48:]
+    pictures = read_pictures(paths, 32, progress=False)
+    assert figures["test PSNR"]["value"] == pytest.approx(
+        psnr(pictures, reconstruct(networks.vae, pictures)).value
+    )
+
+
+def pairs_of(caption):
+    words = caption.split()
+    return {(petal, center) for petal in words for center in words}
+
+
+def test_the_runs_own_settings_are_taken_where_none_is_given(finished, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        Painter, "draw", lambda self, tokens, seeds, **settings: seen.append(settings) or drawn(tokens)
+    )
+    assert main(Options(run=str(finished[0]), count=3)) == 0
+    assert [(settings["steps"], settings["guidance"]) for settings in seen] == [(2, 2.0)] * 2
+
+
+def drawn(tokens):
+    return np.zeros((len(tokens), 32, 32, 3), "uint8")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"steps": 0}, "--steps: received 0, expected at least 1"),
+        ({"count": -1}, "--count: received -1, expected at least 1"),
+        ({"run": "absent"}, "absent: received a folder without config.json, expected the folder of a run"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(capsys, options, line):
+    assert refusal(capsys, **options) == line
+
+
+def test_a_run_on_other_data_is_refused(finished, photographs, tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for entry in finished[0].iterdir():
+        os.symlink(entry, folder / entry.name)
+    (folder / "config.json").unlink()
+    config = json.loads((finished[0] / "config.json").read_text()) | {"data": str(photographs)}
+    (folder / "config.json").write_text(json.dumps(config))
+    line = refusal(capsys, run=str(folder))
+    assert line.startswith(f"--run: received {folder}, whose data {photographs} are no paper flowers")

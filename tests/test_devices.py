@@ -1,0 +1,45 @@
+"""A run trains on the devices that were chosen, or says which there are."""
+
+import pytest
+import tensorflow as tf
+
+from errors import InputError
+from stages.devices import strategy_on
+
+
+@pytest.fixture
+def three_gpus(monkeypatch):
+    """A machine with three GPUs, as far as choosing them goes; what was done to them."""
+    done = {"growth": []}
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["g0", "g1", "g2"])
+    monkeypatch.setattr(tf.config, "set_visible_devices", lambda chosen, kind: done.update({kind: chosen}))
+    monkeypatch.setattr(
+        tf.config.experimental, "set_memory_growth", lambda gpu, on: done["growth"].append(gpu)
+    )
+    monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda names: names)
+    return done
+
+
+@pytest.mark.parametrize(
+    ("gpus", "chosen"), [("all", ["g0", "g1", "g2"]), ("0,2", ["g0", "g2"]), ("1", ["g1"]), ("none", [])]
+)
+def test_the_chosen_gpus_are_seen_and_grow(three_gpus, gpus, chosen):
+    strategy = strategy_on(gpus, {"--batch-size": 6})
+    assert three_gpus["GPU"] == three_gpus["growth"] == chosen
+    if len(chosen) > 1:
+        assert strategy == [f"GPU:{index}" for index in range(len(chosen))]
+    else:
+        assert strategy is tf.distribute.get_strategy()
+
+
+@pytest.mark.parametrize("gpus", ["3", "-1", "0,0", "", "first", "0;1"])
+def test_gpus_that_are_not_there_are_refused(three_gpus, gpus):
+    with pytest.raises(
+        InputError, match=f"--gpus: received '{gpus}', expected all, none, or indices below 3"
+    ):
+        strategy_on(gpus, {})
+
+
+def test_a_batch_that_the_gpus_cannot_share_is_refused(three_gpus):
+    with pytest.raises(InputError, match="--batch-size: received 8, expected a multiple of the 3 GPUs"):
+        strategy_on("all", {"--vae-training.batch-size": 6, "--batch-size": 8})

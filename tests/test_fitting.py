@@ -1,0 +1,199 @@
+"""One stage: stopped and resumed it equals one that was not, bit for bit."""
+
+import os
+import signal
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from callbacks import Interrupted, Keeper, Signals
+from checkpoint import RunFolder
+from input_pipeline import Latents, latent_batches, validation_batches
+from metrics import KID
+from optimizers import adamw, warmup_cosine
+from stages.fitting import fit
+from tests.tiny_runs import EPOCHS, STEPS, assert_same, without_seconds
+from trainer import LatentDiffusionTrainer
+
+
+class Colours:
+    """Features without a network; `visited` is called whenever they are asked for."""
+
+    def visited(self):
+        pass
+
+    def __call__(self, images, progress=False):
+        self.visited()
+        return images.reshape(len(images), -1)[:, ::37] / 255.0
+
+
+@pytest.fixture(scope="module")
+def trainer(light_networks):
+    real = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3)).astype("uint8")
+    trainer = LatentDiffusionTrainer(
+        light_networks(),
+        image_size=16,
+        kid=KID(Colours()),
+        kid_images=real,
+        kid_tokens=np.stack(captions())[:4, 0],
+        draw={"steps": 1, "guidance": 2.0},
+    )
+    rate = warmup_cosine(0.01, EPOCHS * STEPS, warmup_steps=2)
+    trainer.compile(adamw(trainer.trained_variables, learning_rate=rate, weight_decay=0.1, clip_norm=1.0))
+    return trainer
+
+
+def captions():
+    return list(np.resize(np.arange(1, 9), (7, 2, 7)).astype("int32"))
+
+
+def state(trainer):
+    """All that a training is: the rows of its log show the metrics."""
+    networks = [weight for network in trainer.networks.values() for weight in network.weights]
+    return networks + trainer.optimizer.variables
+
+
+def forget(trainer):
+    """As good as another process."""
+    counts = [variable for tracker in trainer.trackers.values() for variable in tracker.variables]
+    for variable in state(trainer) + counts:
+        variable.assign(np.full(variable.shape, 7, variable.dtype))
+
+
+class StoppingKeeper(Keeper):
+    """Sends this process a signal, once, at the given place."""
+
+    stop = None
+
+    def _at(self, *place):
+        if place == self.stop:
+            self.stop = None
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_train_batch_begin(self, batch, logs=None):
+        super().on_train_batch_begin(batch, logs)
+        self._at("step", self.step)
+
+    def in_validation(self):
+        self._at("validation", self.step)
+
+    def _keep_best(self, row):
+        self._at("closing", self.step)
+        return super()._keep_best(row)
+
+
+def interval(metric):
+    _, low, high = metric.estimate()
+    return {"val_kid_low": low, "val_kid_high": high, "val_kid_floor": metric.floor().value}
+
+
+def work(trainer, folder, stop=None):
+    """Runs the stage, or what is left of it; returns whether it came to its end."""
+    vocabulary = trainer.painter.networks.vocabulary
+    rng = np.random.default_rng(0)
+    latents = Latents(*rng.normal(size=(2, 7, 2, 8, 8, 2)).astype("float32"))
+    data, stream = (latents, captions(), vocabulary), {"batch_size": 4, "seed": 0}
+    with RunFolder.open(folder, {"seed": 0}) as run, Signals() as signals:
+        keeper = StoppingKeeper(run, "diffusion", STEPS, signals, EPOCHS)
+        trainer.kid_metric.feature_network.visited = keeper.in_validation
+        keeper.finish_row = lambda epoch, row: interval(trainer.kid_metric)
+        keeper.choose = lambda row: (trainer.kid_metric.estimate(), {"protocol": {"network": "colours"}})
+        keeper.stop = stop
+        try:
+            fit(
+                trainer,
+                keeper,
+                lambda step: latent_batches(
+                    *data, **stream, caption_dropout=0.2, times=tf.identity, start_step=step
+                ),
+                validation_batches(*data, **stream),
+            )
+        except Interrupted:
+            return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def first_state(trainer):
+    return [np.asarray(variable) for variable in state(trainer)]
+
+
+@pytest.fixture(scope="module")
+def straight(trainer, first_state, tmp_path_factory):
+    """(state, rows, best, folder) of a training that nothing stopped."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    assert work(trainer, folder)
+    run = RunFolder.read(folder)
+    return [np.asarray(variable) for variable in state(trainer)], run.rows(), run.best("diffusion"), folder
+
+
+STOPS = {
+    "in the first step": [("step", 0)],
+    "in mid-epoch": [("step", 4)],
+    "in the last step of an epoch": [("step", 2)],
+    "in the last step of all": [("step", 5)],
+    "in validation": [("validation", 3)],
+    "at an epoch's end": [("closing", 3)],
+    "all the time": [("step", 0), ("step", 1), ("step", 2), ("validation", 3), ("closing", 3)]
+    + [("step", 4), ("step", 5), ("validation", 6), ("validation", 6), ("closing", 6)],
+}
+
+
+@pytest.mark.parametrize("stops", STOPS.values(), ids=STOPS)
+def test_a_stopped_and_resumed_training_equals_one_that_was_not(
+    trainer, first_state, straight, tmp_path, stops
+):
+    for variable, value in zip(state(trainer), first_state, strict=True):
+        variable.assign(value)
+    for stop in stops:
+        assert not work(trainer, tmp_path / "run", stop)
+        forget(trainer)
+    assert work(trainer, tmp_path / "run")
+    values, rows, best, _ = straight
+    for variable, value in zip(state(trainer), values, strict=True):
+        np.testing.assert_array_equal(variable, value, err_msg=variable.path)
+    run = RunFolder.read(tmp_path / "run")
+    assert without_seconds(run.rows()) == without_seconds(rows)
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert run.best("diffusion").state == best.state
+    assert_same(run.best("diffusion").tensors, best.tensors)
+
+
+def test_a_crash_between_the_row_and_the_checkpoint_leaves_one_row(
+    trainer, first_state, straight, tmp_path, monkeypatch
+):
+    for variable, value in zip(state(trainer), first_state, strict=True):
+        variable.assign(value)
+    assert not work(trainer, tmp_path / "run", ("step", 2))  # all steps of the epoch are done and saved
+    forget(trainer)
+    with monkeypatch.context() as broken:
+        broken.setattr(RunFolder, "save", lambda *arguments: sys.exit("power is gone"))
+        with pytest.raises(SystemExit):
+            work(trainer, tmp_path / "run")
+    assert [row["step"] for row in RunFolder.read(tmp_path / "run").rows()] == [3]
+    forget(trainer)
+    assert work(trainer, tmp_path / "run")
+    assert without_seconds(RunFolder.read(tmp_path / "run").rows()) == without_seconds(straight[1])
+
+
+def test_a_finished_stage_takes_no_step(trainer, straight):
+    values, rows, _, folder = straight
+    forget(trainer)
+    assert work(trainer, folder, stop=("step", 0))
+    assert RunFolder.read(folder).rows() == rows
+    for variable, value in zip(state(trainer), values, strict=True):
+        np.testing.assert_array_equal(variable, value, err_msg=variable.path)
+
+
+def test_a_second_signal_does_not_cut_the_saving(trainer, tmp_path, monkeypatch):
+    save = RunFolder.save
+
+    def save_under_fire(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        save(*arguments)
+
+    monkeypatch.setattr(RunFolder, "save", save_under_fire)
+    assert not work(trainer, tmp_path / "run", ("step", 1))
+    assert RunFolder.read(tmp_path / "run").latest("diffusion").step == 2
