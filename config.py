@@ -101,7 +101,7 @@ class TrainingConfig:
     warmup_steps: int = 100  # linear warm-up, then cosine decay to a hundredth
     weight_decay: float = 1e-2  # of kernels; never of biases and norms
     clip_norm: float = 1.0  # largest global norm of the gradient
-    # distribution of the diffusion times: uniform, or logit_normal (more in the middle)
+    # distribution of the diffusion times: uniform, logit_normal (more in the middle), log_normal or mixed
     times: str = "logit_normal"
     latent_crops: int = 1  # crops of each picture in the cache of latents, when augmentation crops
     ema: float = 0.998  # decay of the averaged network, after its warm-up
@@ -406,7 +406,7 @@ def _choices(config):
     yield "vae-training.recon-loss", config.vae_training.recon_loss, ("l1", "mse")
     yield "vae-training.optimizer", config.vae_training.optimizer, ("adamw", "muon")
     yield "training.optimizer", config.training.optimizer, ("adamw", "muon")
-    yield "training.times", config.training.times, ("uniform", "logit_normal")
+    yield "training.times", config.training.times, ("uniform", "logit_normal", "log_normal", "mixed")
     yield "diffusion.target", config.diffusion.target, ("noise", "image", "velocity")
     yield "vae-training.perceptual-depth", config.vae_training.perceptual_depth, (1, 2, 3, 4, 5)
     yield "evaluation.network", config.evaluation.network, ("efficientnet_lite0", "inception_v3")

@@ -18,8 +18,10 @@ from tqdm import tqdm
 import parallel
 from checkpoint import RunFolder, assign, named_variables
 from config import Config, check_interval, from_dict, part
-from diffusion.samplers import ddim, guide, uniform_times
+from diffusion.guidance import guide
+from diffusion.samplers import ddim
 from diffusion.schedule import Process
+from diffusion.times import sampling_times
 from errors import InputError
 from files import atomic_file
 from input_pipeline import RARE, Vocabulary
@@ -127,13 +129,14 @@ class Painter:
             uint8 (H, W, 3), N of them.
         """
         tokens, seeds = np.asarray(tokens, "int32"), np.asarray(seeds, "int64")
+        times = sampling_times(self.networks.process, steps)
         silent = None if progress else True  # None: silent where standard error is no terminal
         with tqdm(total=len(tokens), desc=progress, unit="picture", leave=False, disable=silent) as bar:
             for start in range(0, len(tokens), self.batch_size):
                 rows = slice(start, start + self.batch_size)
                 mask = self.networks.vocabulary.mask(tokens[rows])
                 draw = self._plain if guidance == 1 else self._guided
-                inputs = tokens[rows], mask, seeds[rows], uniform_times(steps), guidance, interval
+                inputs = tokens[rows], mask, seeds[rows], times, guidance, interval
                 yield from np.asarray(draw(*inputs))
                 bar.update(len(tokens[rows]))
 
@@ -157,7 +160,9 @@ class Painter:
             return process.denoised(unet([x, t, context, mask]), x, t)
 
         noise = noise_of(seeds, self.latent_shape)
-        latents = ddim(guide(denoise, guidance, interval) if guided else denoise, noise, times, process.rates)
+        if guided:
+            denoise = guide(denoise, guidance, interval=tf.unstack(interval))
+        latents = ddim(denoise, noise, times, process.rates)
         return to_images(vae.decode(latents))
 
 

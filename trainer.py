@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras import ops
 
 import parallel
-from diffusion.schedule import diffuse, target_of
+from diffusion.targets import diffuse, target_of
 from generate import Networks, Painter, captioned_grid, to_images
 from metrics import KID
 from model.vae import kl_divergence, sample_posterior

@@ -1,1 +1,1 @@
-"""The diffusion process as pure functions: `schedule` (rates, targets) and `samplers` (denoise, noise, times)."""
+"""The diffusion process as pure functions: `schedule`, `targets`, `times`, `samplers` and `guidance`."""

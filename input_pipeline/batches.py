@@ -78,8 +78,7 @@ def latent_batches(
         batch_size: B.
         seed: Whole number.
         caption_dropout: Share of captions replaced by the empty text, for classifier-free guidance.
-        times: Distribution of the diffusion times: "uniform", or "logit_normal", which prefers the middle
-            (Esser et al. 2024, arXiv 2403.03206, section 3.1, with mean 0 and deviation 1).
+        times: Function from uniform shares of (0, 1), (B,), to diffusion times, such as `diffusion.times` makes.
         start_step: As for `picture_batches`.
         context: `TextContext` of a frozen text encoder, or None.
         ids: The pictures to use; default all.
@@ -89,8 +88,6 @@ def latent_batches(
         int32 (B, T), or with a context `context` float32 (B, T, D); `mask` bool (B, T); `diffusion_times` float32 (B,),
         in [0, 1], one in each B-th of their distribution; `sample_ids` int64 (B,).
     """
-    if times not in TIMES:
-        raise ValueError(f"times must be one of {', '.join(TIMES)}. Received: {times!r}")
     choose = _chooser(len(latents.mean), ids, batch_size, seed)
     latents_of = _latents_gatherer(latents)
     n_variants, *shape = latents.mean.shape[1:]
@@ -106,7 +103,7 @@ def latent_batches(
             "latents": latents_of(sample_ids, variant, draw.normal(shape, "posterior")),
             **text_of(sample_ids, caption, dropped),
             "noise": draw.normal(shape, "noise"),
-            "diffusion_times": TIMES[times](draw.stratified("time")),
+            "diffusion_times": times(draw.stratified("time")),
             "sample_ids": sample_ids,
         }
 
@@ -300,11 +297,3 @@ class _Draws(NamedTuple):
         """Uniform in [0, 1], one in each B-th, shuffled: as times, less noise in the loss than independent ones."""
         shares = (tf.range(self.batch_size, dtype=tf.float32) + self.uniform(purpose)) / self.batch_size
         return tf.random.experimental.stateless_shuffle(shares, key(self.seed, self.step, f"{purpose} order"))
-
-
-def _logit_normal(shares):
-    """The quantiles of a normal variable's sigmoid."""
-    return tf.sigmoid(tf.math.ndtri(tf.clip_by_value(shares, 1e-6, 1 - 1e-6)))
-
-
-TIMES = {"uniform": tf.identity, "logit_normal": _logit_normal}

@@ -10,6 +10,7 @@ import parallel
 from callbacks import Keeper
 from checkpoint import RunFolder, assign, named_variables
 from diffusion.schedule import Process
+from diffusion.times import training_times
 from errors import InputError
 from files import fingerprint
 from generate import Networks, make_diffusion
@@ -80,7 +81,7 @@ def trained_diffusion(config, run, data, vae, latents, features, text, strategy,
         lambda step: pipeline.latent_batches(
             latents,
             caption_dropout=stage.caption_dropout,
-            times=stage.times,
+            times=training_times(stage.times, trainer.process),
             start_step=step,
             ids=data.train_ids,
             **stream,

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from diffusion.schedule import Process
+from diffusion.times import training_times
 from errors import InputError
 from input_pipeline import batches
 from input_pipeline.augmentation import Augmentation
@@ -67,7 +69,7 @@ def pictures_of(pictures, augmentation=EVERYTHING, **keywords):
 
 
 def latents_of(latents, captions, **keywords):
-    keywords = {"batch_size": 8, "seed": 0, "caption_dropout": 0.25, "times": "uniform", **keywords}
+    keywords = {"batch_size": 8, "seed": 0, "caption_dropout": 0.25, "times": tf.identity, **keywords}
     return latent_batches(latents, captions, VOCABULARY, **keywords)
 
 
@@ -232,22 +234,17 @@ def test_no_stream_has_a_tuner_to_wait_for(latents, captions):
         assert stream.options().autotune.enabled is False
 
 
-def test_logit_normal_times_are_the_sigmoid_of_a_normal_variable(latents, captions):
-    uniform, normal = (
+def test_times_are_what_is_made_of_the_shares(latents, captions):
+    make = training_times("logit_normal", Process())
+    plain, made = (
         np.concatenate([b["diffusion_times"] for b in take(latents_of(latents, captions, times=times), 200)])
-        for times in ("uniform", "logit_normal")
+        for times in (tf.identity, make)
     )
-    assert (np.argsort(uniform) == np.argsort(normal)).all()  # the same draws at other places
-    logits = np.log(normal / (1 - normal))
+    np.testing.assert_allclose(made, make(plain), rtol=1e-6)  # the same draws at other places
+    assert (np.argsort(plain) == np.argsort(made)).all()
+    logits = np.log(made / (1 - made))
     assert abs(logits.mean()) < 0.02
     assert abs(logits.std() - 1) < 0.03
-    for quantile, z in ((0.0228, -2), (0.1587, -1), (0.5, 0), (0.8413, 1)):
-        assert np.quantile(logits, quantile) == pytest.approx(z, abs=0.1)
-
-
-def test_an_unknown_distribution_of_times_is_refused(latents, captions):
-    with pytest.raises(ValueError, match="uniform, logit_normal. Received: 'normal'"):
-        latents_of(latents, captions, times="normal")
 
 
 def test_context_takes_the_place_of_tokens(latents, captions):

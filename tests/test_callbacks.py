@@ -54,7 +54,7 @@ def fit(trainer, keeper, epochs, others=()):
     captions = [rows[None] for rows in np.resize(np.arange(1, 9), (7, 7)).astype("int32")]
     data, stream = (latents, captions, vocabulary), {"batch_size": 4, "seed": 0}
     trainer.fit(
-        latent_batches(*data, **stream, caption_dropout=0.1, times="uniform", start_step=keeper.step),
+        latent_batches(*data, **stream, caption_dropout=0.1, times=tf.identity, start_step=keeper.step),
         initial_epoch=keeper.step // STEPS,
         epochs=epochs,
         steps_per_epoch=STEPS,

@@ -255,7 +255,7 @@ REFUSED = [
     ({"training__optimizer": "Muon"}, "--training.optimizer: received 'Muon', expected one of adamw, muon"),
     (
         {"training__times": "normal"},
-        "--training.times: received 'normal', expected one of uniform, logit_normal",
+        "--training.times: received 'normal', expected one of uniform, logit_normal, log_normal, mixed",
     ),
     ({"vae_training__recon_loss": "l3"}, "--vae-training.recon-loss: received 'l3', expected one of l1, mse"),
     (

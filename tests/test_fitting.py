@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from callbacks import Interrupted, Keeper, Signals
 from checkpoint import RunFolder
@@ -105,7 +106,7 @@ def work(trainer, folder, stop=None):
                 trainer,
                 keeper,
                 lambda step: latent_batches(
-                    *data, **stream, caption_dropout=0.2, times="uniform", start_step=step
+                    *data, **stream, caption_dropout=0.2, times=tf.identity, start_step=step
                 ),
                 validation_batches(*data, **stream),
             )

@@ -13,7 +13,7 @@ from PIL import Image
 import generate
 from checkpoint import RunFolder, collect, named_variables
 from config import Config, TextEncoderConfig, UNetConfig, VAEConfig, to_dict
-from diffusion.samplers import uniform_times
+from diffusion.times import sampling_times
 from errors import InputError
 from generate import Painter, Picture, captioned_grid, load, noise_of, save_png, to_images, write_pictures
 from input_pipeline import Vocabulary
@@ -111,7 +111,7 @@ def test_one_trace_serves_every_batch_and_number_of_steps(networks):
     for steps in (1, 2, 5):
         drawn(painter, PROMPTS, steps=steps)
     assert painter._guided.experimental_get_tracing_count() == 1
-    np.testing.assert_allclose(uniform_times(5), [1, 0.8, 0.6, 0.4, 0.2, 0], atol=1e-6)
+    np.testing.assert_allclose(sampling_times(networks.process, 5), [1, 0.8, 0.6, 0.4, 0.2, 0], atol=1e-6)
 
 
 def test_the_noise_of_a_seed_is_its_own_and_standard_normal():

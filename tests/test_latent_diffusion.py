@@ -9,6 +9,8 @@ import tensorflow as tf
 import cup3
 from callbacks import Interrupted
 from checkpoint import RunFolder
+from diffusion.schedule import Process
+from diffusion.times import TIMES, training_times
 from input_pipeline import load_data
 from stages import latent_diffusion
 from tests.tiny_runs import refusal, words
@@ -22,10 +24,12 @@ def test_the_times_are_drawn_as_the_settings_say(finished, flowers, tmp_path, mo
         raise Seen(times)
 
     monkeypatch.setattr(latent_diffusion.pipeline, "latent_batches", latent_batches)
-    for times in ("uniform", "logit_normal"):
+    shares = np.array([0.1, 0.4, 0.9], "float32")
+    for times in TIMES:
         changes = {"vae-from": finished[0], "training.times": times}
-        with pytest.raises(Seen, match=times):
+        with pytest.raises(Seen) as seen:
             cup3.main(words(flowers, tmp_path / times, **changes))
+        np.testing.assert_array_equal(seen.value.args[0](shares), training_times(times, Process())(shares))
 
 
 def test_text_from_takes_the_text_encoder_of_another_run_as_it_is(finished, flowers, tmp_path, monkeypatch):

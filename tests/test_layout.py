@@ -126,3 +126,12 @@ def test_what_is_imported_is_required():
     imported = {target for file in source_files() for target in imports(ast.parse(file.read_text()))}
     foreign = imported - LEVEL.keys() - set(sys.stdlib_module_names)
     assert {PIP_NAMES.get(target, target).replace("_", "-") for target in foreign} <= required
+
+
+def test_the_process_is_read_in_one_sitting():
+    lines = {file: file.read_text().splitlines() for file in source_files() if room(file) == "diffusion"}
+    assert sum(map(len, lines.values())) < 700
+    for file in lines:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 40, f"{name(file)}: {node.name}"

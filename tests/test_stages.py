@@ -19,8 +19,8 @@ import config as settings
 import cup3
 import stages
 from checkpoint import RunFolder
+from diffusion.times import TIMES
 from generate import load
-from input_pipeline.batches import TIMES
 from optimizers import OPTIMIZERS
 from tests.tiny_runs import EPOCHS, assert_same, final_tensors, refusal, without_seconds, words
 
