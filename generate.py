@@ -273,7 +273,7 @@ def write_pictures(
         drawn = {"steps": steps, "guidance": guidance}
         for picture in generate(painter, texts, count, seed, interval=interval, progress="drawing", **drawn):
             paths.append(folder / f"{len(pictures):04d}.png")
-            save_png(picture, paths[-1], **drawn, guidance_interval=list(interval), run=run)
+            save_png(picture, paths[-1], **drawn, guidance_interval=tuple(interval), run=run)
             pictures.append(picture)
         grid = captioned_grid(
             [picture.image for picture in pictures], [picture.prompt for picture in pictures]

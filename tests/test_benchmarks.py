@@ -37,7 +37,8 @@ def test_the_figures_are_those_of_the_runs_pictures(finished, flowers, tmp_path,
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures == json.loads(capsys.readouterr().out)
     data = load_data(flowers)
-    assert asked[0] == (data.vocabulary.decode(data.test_tokens[:5]), 1000, {"steps": 1, "guidance": 0.0})
+    settings = {"steps": 1, "guidance": 0.0, "interval": (0.3, 0.7)}
+    assert asked[0] == (data.vocabulary.decode(data.test_tokens[:5]), 1000, settings)
     held_out = [paper_flowers.HELD_OUT_PAIRS & pairs_of(caption) for caption in asked[1][0]]
     assert len(held_out) == 5 and all(held_out)
     networks, _ = load(finished[0])

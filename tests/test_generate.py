@@ -20,6 +20,7 @@ from input_pipeline import Vocabulary
 
 PROMPTS = ["one red flower", "a blue flower with a yellow center", "two green leaves"]
 STEPS, GUIDANCE = 3, 2.0
+INTERVAL = (0.0, 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +81,10 @@ def test_guidance_1_is_the_conditional_picture(painter):
     assert np.abs(plain - guided).max() > 5
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_the_compiled_painter_is_ddim_with_guidance_by_hand(networks, painter, guidance):
+@pytest.mark.parametrize(
+    ("guidance", "interval"), [(1.0, (0.0, 1.0)), (2.5, (0.0, 1.0)), (2.5, (0.5, 0.8)), (2.5, (0.0, 0.5))]
+)
+def test_the_compiled_painter_is_ddim_with_guidance_by_hand(networks, painter, guidance, interval):
     # Song et al. 2021, equation 12 with eta = 0; Ho & Salimans 2022, equation 6.
     vae, text_encoder, unet, process, vocabulary = networks
     tokens, mask = vocabulary.encode(PROMPTS[:1])
@@ -98,10 +101,11 @@ def test_the_compiled_painter_is_ddim_with_guidance_by_hand(networks, painter, g
             context = text_encoder([own_tokens, own_mask])
             velocity = np.asarray(unet([tf.constant(x), tf.constant(t[None]), context, own_mask]))
             clean.append(s * x - n * velocity)
-        guided = clean[1] + guidance * (clean[0] - clean[1])
+        strength = guidance if interval[0] <= t <= interval[1] else 1.0
+        guided = clean[1] + strength * (clean[0] - clean[1])
         x = (next_s * guided + next_n * (x - s * guided) / n).astype("float32")
     expected = np.clip(np.asarray(vae.decode(guided.astype("float32"))) * 127.5 + 127.5, 0, 255)
-    picture = drawn(painter, PROMPTS[:1], seed=9, guidance=guidance)[0].image
+    picture = drawn(painter, PROMPTS[:1], seed=9, guidance=guidance, interval=interval)[0].image
     assert picture.std() > 5  # not a plain grey one
     assert np.abs(picture - expected[0]).max() <= 1.01
 
@@ -244,12 +248,12 @@ def test_a_run_of_another_config_is_refused(tmp_path, run_path):
 def test_every_picture_is_a_png_that_says_what_it_is(run_path, painter, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\ufeffone red flower\n\n  \ntwo green leaves\r\n", encoding="utf-8")
-    settings = {"count": 2, "seed": 3, "steps": STEPS, "guidance": GUIDANCE}
+    settings = {"count": 2, "seed": 3, "steps": STEPS, "guidance": GUIDANCE, "guidance_interval": INTERVAL}
     with pytest.warns(UserWarning, match="without the word äther: read as <RARE>"):
         paths = write_pictures(run_path, ["äther"], prompts, **settings, out=tmp_path / "a" / "b")
     texts = ["äther", "one red flower", "two green leaves"]
     assert [path.name for path in paths] == [f"{index:04d}.png" for index in range(6)]
-    expected = drawn(painter, texts, count=2, seed=3)
+    expected = drawn(painter, texts, count=2, seed=3, interval=INTERVAL)
     for path, picture in zip(paths, expected, strict=True):
         with Image.open(path) as file:
             np.testing.assert_allclose(np.asarray(file).astype(int), picture.image, atol=1)
@@ -258,6 +262,7 @@ def test_every_picture_is_a_png_that_says_what_it_is(run_path, painter, tmp_path
                 "seed": str(picture.seed),
                 "steps": "3",
                 "guidance": "2.0",
+                "guidance_interval": "(0.0, 0.5)",
                 "run": str(run_path),
             }
     grid = captioned_grid([picture.image for picture in expected], [picture.prompt for picture in expected])
@@ -272,7 +277,9 @@ def test_steps_and_guidance_default_to_the_runs(run_path, tmp_path):
     (path,) = write_pictures(run_path, ["one red flower"], out=tmp_path)
     with Image.open(path) as file:
         judged = CONFIG.evaluation
-        assert (file.text["steps"], file.text["guidance"]) == (str(judged.steps), str(judged.guidance))
+        asked = judged.steps, judged.guidance, judged.guidance_interval
+        written = file.text["steps"], file.text["guidance"], file.text["guidance_interval"]
+        assert written == tuple(map(str, asked))
 
 
 @pytest.mark.parametrize(
@@ -284,6 +291,8 @@ def test_steps_and_guidance_default_to_the_runs(run_path, tmp_path):
         ({"steps": 0}, "steps: received 0"),
         ({"batch_size": 0}, "--batch-size: received 0"),
         ({"guidance": math.nan}, "guidance: received nan"),
+        ({"guidance_interval": (0.7, 0.3)}, "--guidance-interval: received (0.7, 0.3), expected the least"),
+        ({"guidance_interval": (0.0, math.nan)}, "--guidance-interval: received (0.0, nan)"),
         ({"prompts": "absent.txt"}, "--prompts: received absent.txt, expected a text file in UTF-8"),
         ({"run": "absent"}, "absent: received a folder without config.json"),
     ],
