@@ -92,7 +92,7 @@ class VAETrainingConfig:
 class TrainingConfig:
     """How the U-Net and the text encoder are trained (`trainer.LatentDiffusionTrainer`)."""
 
-    epochs: Annotated[int, tyro.conf.arg(prefix_name=False)] = 23  # rounds of `steps_per_epoch`
+    epochs: Annotated[int, tyro.conf.arg(prefix_name=False)] = 22  # rounds of `steps_per_epoch`
     steps_per_epoch: int | None = None  # None: one pass over the training pictures
     batch_size: Annotated[int, tyro.conf.arg(prefix_name=False)] = 64  # pictures a step, over all devices
     micro_batches: int | None = None  # parts of a batch with gradients added up; None: 2 on a CPU, 1 on GPUs
@@ -117,9 +117,9 @@ class EvaluationConfig:
     size: int = 224  # side that pictures are resized to for it; 75 or 299 for inception_v3
     weights: str | None = None  # local file of the feature network's weights
     images: int = 256  # pictures drawn each time KID is measured
-    every: int = 12  # epochs between two measurements; the first and the last are measured anyway
+    every: int = 11  # epochs between two measurements; the first and the last are measured anyway
     steps: int = 20  # sampler steps
-    guidance: float = 3.0  # strength of classifier-free guidance; 1 is off
+    guidance: float = 4.0  # strength of classifier-free guidance; 1 is off
     guidance_interval: tuple[float, float] = (0.3, 0.7)  # least and most diffusion time to guide at
     batch_size: int = 64  # pictures drawn at once
     previews: int = 16  # captions in the grid of every epoch
@@ -191,7 +191,7 @@ CUP3 = Config(
         validation_fraction=0.1,
         latent_crops=4,
     ),
-    evaluation=EvaluationConfig(images=512, guidance_interval=(0.0, 1.0), batch_size=32),
+    evaluation=EvaluationConfig(images=512, guidance=3.0, guidance_interval=(0.0, 1.0), batch_size=32),
 )
 
 

@@ -40,6 +40,12 @@ class AdamW(keras.optimizers.AdamW):
             grads = replica.all_reduce(tf.distribute.ReduceOp.SUM, grads)
         return super().apply(grads, trainable_variables)
 
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        """Keras' update, with the powers of the betas worked out once and not for every variable."""
+        step = tf.cast(self.iterations + 1, tf.float32)
+        self._powers = tf.pow(self.beta_1, step), tf.pow(self.beta_2, step)
+        super()._backend_update_step(grads, trainable_variables, learning_rate)
+
     def _apply_weight_decay(self, variables):
         """Left to `update_step`: here Keras would trace the learning rate anew for every variable."""
 
@@ -53,14 +59,14 @@ class AdamW(keras.optimizers.AdamW):
         trace, and each goes over the memory again."""
         self._decay(variable, learning_rate)
         index = self._get_variable_index(variable)
-        step = tf.cast(self.iterations + 1, variable.dtype)
         beta_1, beta_2 = (tf.constant(beta, variable.dtype) for beta in (self.beta_1, self.beta_2))
+        beta_1_power, beta_2_power = (tf.cast(power, variable.dtype) for power in self._powers)
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
             m=self._momentums[index].value.handle,
             v=self._velocities[index].value.handle,
-            beta1_power=tf.pow(beta_1, step),
-            beta2_power=tf.pow(beta_2, step),
+            beta1_power=beta_1_power,
+            beta2_power=beta_2_power,
             lr=tf.cast(learning_rate, variable.dtype),
             beta1=beta_1,
             beta2=beta_2,
@@ -97,7 +103,7 @@ class Muon(AdamW):
         self._velocities = [None if is_matrix(variable) else next(squares) for variable in variables]
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
-        """Keras' update, where (momentum, direction of the step) take the place of each matrix's gradient."""
+        """Keras' update, where (momentum, step) take the place of each matrix's gradient."""
         grads = list(grads)
         places = {}  # of the matrices, by their sides: those of one shape take their steps together
         for place, variable in enumerate(trainable_variables):
@@ -105,29 +111,25 @@ class Muon(AdamW):
                 rows, columns = _sides(variable)
                 places.setdefault((rows, columns), []).append(place)
         for sides, chosen in places.items():
-            momentums = [self._moved(grads[place], trainable_variables[place]) for place in chosen]
+            kept = [self._momentums[self._get_variable_index(trainable_variables[place])] for place in chosen]
+            momentums = tf.stack([tf.reshape(momentum.value, sides) for momentum in kept])
+            gradients = tf.stack([tf.reshape(grads[place], sides) for place in chosen])
+            momentums += (1 - MUON_MOMENTUM) * (gradients - momentums)
             # Nesterov's: moved by this gradient once more.
-            ahead = [
-                tf.reshape(momentum + (1 - MUON_MOMENTUM) * (grads[place] - momentum), sides)
-                for place, momentum in zip(chosen, momentums, strict=True)
-            ]
-            directions = tf.unstack(MUON_RMS * math.sqrt(max(sides)) * orthogonalised(tf.stack(ahead)))
-            for place, *parts in zip(chosen, momentums, directions, strict=True):
+            ahead = momentums + (1 - MUON_MOMENTUM) * (gradients - momentums)
+            directions = MUON_RMS * math.sqrt(max(sides)) * orthogonalised(ahead)
+            steps = tf.cast(learning_rate, directions.dtype) * directions
+            for place, *parts in zip(chosen, tf.unstack(momentums), tf.unstack(steps), strict=True):
                 grads[place] = tuple(parts)
         super()._backend_update_step(grads, trainable_variables, learning_rate)
-
-    def _moved(self, gradient, variable):
-        """The variable's momentum with this gradient in it."""
-        momentum = tf.convert_to_tensor(self._momentums[self._get_variable_index(variable)].value)
-        return momentum + (1 - MUON_MOMENTUM) * (gradient - momentum)
 
     def update_step(self, gradient, variable, learning_rate):
         if not isinstance(gradient, tuple):
             return super().update_step(gradient, variable, learning_rate)
         self._decay(variable, learning_rate)
-        momentum, direction = gradient
+        momentum, step = (tf.reshape(part, variable.shape) for part in gradient)
         self._momentums[self._get_variable_index(variable)].value.assign(momentum)
-        variable.assign_sub(tf.cast(learning_rate, variable.dtype) * tf.reshape(direction, variable.shape))
+        variable.assign_sub(step)
 
 
 def is_matrix(variable):

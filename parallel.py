@@ -4,9 +4,16 @@ One operation on all cores at once waits for the slowest at its end, and a small
 operations. A part on each core waits once. `benchmarks/parts.py` measures it.
 """
 
+import os
+
 import tensorflow as tf
 
 PARTS = 2
+
+
+def cores():
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def on_cpu():

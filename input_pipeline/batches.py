@@ -4,18 +4,18 @@ Each element is a whole global batch, a pure function of (seed, step), drawn bef
 its own noise and times, so that a resumed run, or one on more replicas, sees the same numbers.
 """
 
-import os
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
+import parallel
 from errors import InputError
 from input_pipeline.augmentation import augment_batch, fit, to_pixels
 from input_pipeline.caches import padded_captions
 from input_pipeline.randomness import key, keys, sample_order
 
-WORKERS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+WORKERS = min(8, parallel.cores())
 BATCHES_AHEAD = 4
 LARGEST_IN_MEMORY = 2**30  # bytes; larger arrays stay where they are, for example mapped from a file
 
@@ -173,7 +173,8 @@ def _one_pass(batch, n, ids, batch_size):
     place = np.arange(n_batches * batch_size)
     filled = ids[np.minimum(place, len(ids) - 1)].reshape(n_batches, batch_size)
     weights = (place < len(ids)).astype(np.float32).reshape(n_batches, batch_size)
-    return _untuned(tf.data.Dataset.from_tensor_slices((filled, weights)).map(batch).prefetch(1))
+    rows = tf.data.Dataset.from_tensor_slices((filled, weights))
+    return _untuned(rows.map(_plain(batch)).prefetch(1))
 
 
 def _frozen_draw(draw, shape, seed, what, sample_ids):
@@ -188,8 +189,13 @@ def _frozen_draw(draw, shape, seed, what, sample_ids):
 def _endless(batch, start_step):
     """batch(step) for step = start_step, start_step + 1, ...; computed ahead and in order."""
     steps = tf.data.Dataset.range(start_step, np.iinfo(np.int64).max)
-    batches = steps.map(batch, num_parallel_calls=WORKERS, deterministic=True)
+    batches = steps.map(_plain(batch), num_parallel_calls=WORKERS, deterministic=True)
     return _untuned(batches.prefetch(BATCHES_AHEAD))
+
+
+def _plain(batch):
+    """Without autograph, which reads the source of all that is called: none of it needs that."""
+    return tf.autograph.experimental.do_not_convert(batch)
 
 
 def _untuned(dataset):

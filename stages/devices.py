@@ -1,7 +1,6 @@
 """The order of the work: the devices that a run trains on."""
 
 import contextlib
-import os
 
 import tensorflow as tf
 
@@ -28,7 +27,7 @@ def strategy_on(gpus: str, batches: dict[str, tuple[int, int | None]]):
     if not chosen:  # the cores compute the parts of a batch side by side, see `parallel`
         with contextlib.suppress(RuntimeError):  # another operation came before, and fixed the threads
             tf.config.threading.set_inter_op_parallelism_threads(parallel.PARTS)
-            tf.config.threading.set_intra_op_parallelism_threads(max(1, _cores() // parallel.PARTS))
+            tf.config.threading.set_intra_op_parallelism_threads(max(1, parallel.cores() // parallel.PARTS))
     for gpu in chosen:
         tf.config.experimental.set_memory_growth(gpu, True)
     for flag, (batch_size, micro_batches) in batches.items():
@@ -41,11 +40,6 @@ def strategy_on(gpus: str, batches: dict[str, tuple[int, int | None]]):
     if len(chosen) > 1:
         return tf.distribute.MirroredStrategy([f"GPU:{index}" for index in range(len(chosen))])
     return tf.distribute.get_strategy()
-
-
-def _cores():
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def devices_in_words() -> str:
