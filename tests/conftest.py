@@ -47,6 +47,12 @@ def two_replicas():
 
 
 @pytest.fixture
+def pair():
+    """Clean latents and noise of 41 samples."""
+    return tuple(np.random.default_rng(0).normal(size=(2, 41, 2, 3, 4)).astype("float32"))
+
+
+@pytest.fixture
 def run(tmp_path):
     """A new run folder, open for writing."""
     with RunFolder.open(tmp_path / "run", CONFIG) as run:

@@ -16,12 +16,6 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype("float32")
 
 
-@pytest.fixture
-def pair():
-    """Clean latents and noise of 41 samples, one a time."""
-    return normal(41, 2, 3, 4), normal(41, 2, 3, 4, seed=1)
-
-
 def test_rates_are_on_the_circle():
     noise_rates, signal_rates = cosine_rates(TIMES)
     assert noise_rates.shape == signal_rates.shape == (41, 1, 1, 1)

@@ -28,12 +28,6 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype("float32")
 
 
-@pytest.fixture
-def pair():
-    """Clean latents and noise of 41 samples, one a time."""
-    return normal(41, 2, 3, 4), normal(41, 2, 3, 4, seed=1)
-
-
 @pytest.mark.parametrize("target", TARGETS)
 def test_denoised_inverts_target_of(target, pair):
     latents, noise = pair

@@ -1,0 +1,76 @@
+"""What the strength of guidance, and the times it acts at, do to KID and to how pictures follow their sentences.
+
+python cup3.py
+python benchmarks/guidance.py --run runs/paper-flowers
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from errors import InputError
+from evaluate import follows_captions
+from generate import Painter, load
+from input_pipeline import load_data, read_pictures, split
+from metrics import kid
+from model.perceptual import FeatureNetwork
+from trainer import reconstruct
+
+SETTINGS = [  # guidance, interval
+    (3.0, (0.0, 1.0)),
+    (3.0, (0.0, 0.8)),
+    (3.0, (0.3, 0.85)),
+    (4.0, (0.3, 0.7)),
+    (5.0, (0.3, 0.8)),
+]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Draw with a run of paper flowers at several strengths and intervals of guidance; prints a table in Markdown."""
+
+    run: str = "runs/paper-flowers"  # folder of the run
+    count: int = 256  # pictures for each figure
+
+
+def main(options):
+    """Prints the table; returns the exit code, 2 for what the user gave."""
+    try:
+        networks, config = load(options.run)
+        data = load_data(config.data)
+        if data.test_tokens is None or not (Path(config.data) / "attributes.csv").is_file():
+            raise InputError(
+                f"--run: received {options.run}, expected a run that was trained on paper flowers"
+            )
+        _, held_out = split(len(data.paths), config.training.validation_fraction, config.seed)
+        pictures = read_pictures([data.paths[row] for row in held_out], config.image_size, progress=False)
+    except InputError as error:
+        print(f"guidance: {error}", file=sys.stderr)
+        return 2
+    judge = config.evaluation
+    features = FeatureNetwork(judge.network, judge.size, judge.weights)
+    real = features(pictures)
+    print(f"KID of reconstructions: {kid(real, features(reconstruct(networks.vae, pictures))).value:.4f}\n")
+    painter = Painter(networks, config.image_size, judge.batch_size)
+    tokens = np.stack([data.captions[row][0] for row in held_out])[: options.count]
+    tests = networks.vocabulary.decode(data.test_tokens[: options.count])
+    print(
+        "| guidance | from | to | KID | petal colour | centre colour | petals |\n|---|---|---|---|---|---|---|"
+    )
+    for guidance, interval in SETTINGS:
+        settings = {"steps": judge.steps, "guidance": guidance, "interval": interval}
+        drawn = np.stack(list(painter.draw(tokens, np.arange(len(tokens)), **settings)))
+        right = follows_captions(painter, tests, 1000, **settings)
+        shares = " | ".join(f"{right[name]:.1%}" for name in ("petal_color", "center_color", "petals"))
+        value = kid(real, features(drawn)).value
+        print(f"| {guidance:g} | {interval[0]:g} | {interval[1]:g} | {value:.4f} | {shares} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options)))
