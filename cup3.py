@@ -71,9 +71,8 @@ class Generate:
     seed: int = 0  # of a sentence's first picture; the next ones have seed + 1, ...
     steps: int | None = None  # sampler steps; None: the run's
     guidance: float | None = None  # strength of guidance, 1 is off; None: the run's
-    guidance_interval: tuple[float, float] | None = (
-        None  # diffusion times to guide at, 0 1 is all; None: the run's
-    )
+    # diffusion times to guide at, 0 1 is all; None: the run's
+    guidance_interval: tuple[float, float] | None = None
     batch_size: int = 16  # pictures drawn at once
     out: str = "pictures"  # folder for the PNG files and grid.png
 

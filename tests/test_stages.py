@@ -87,6 +87,8 @@ def test_the_log_has_a_row_an_epoch_with_its_protocol(finished):
             "sampler": "ddim",
             "steps": 2,
             "guidance": 2.0,
+            "guidance_from": 0.3,
+            "guidance_to": 0.7,
             "ema": True,
             "seed": 0,
         }
