@@ -157,9 +157,9 @@ class Painter:
 
         def denoise(x, t):
             t = ops.broadcast_to(t, ops.shape(x)[:1])
-            return process.denoised(unet([x, t, context, mask]), x, t)
+            return process.denoised(unet([process.scaled(x, t), t, context, mask]), x, t)
 
-        noise = noise_of(seeds, self.latent_shape)
+        noise = process.start(noise_of(seeds, self.latent_shape), times[0])
         if guided:
             denoise = guide(denoise, guidance, interval=tf.unstack(interval))
         latents = ddim(denoise, noise, times, process.rates)
