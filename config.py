@@ -127,6 +127,9 @@ class EvaluationConfig:
     weights: str | None = None  # local file of the feature network's weights
     images: int = 256  # pictures drawn each time KID is measured
     every: int = 11  # epochs between two measurements; the first and the last are measured anyway
+    # how pictures are drawn: ddpm, ddim, euler, euler-ancestral, heun, dpmpp-2m, dpmpp-2m-sde, unipc or pndm
+    sampler: str = "ddim"
+    spacing: str = "uniform"  # of the sampler's times: uniform, leading, trailing, karras or logsnr-uniform
     steps: int = 20  # sampler steps
     guidance: float = 4.0  # strength of classifier-free guidance; 1 is off
     guidance_interval: tuple[float, float] = (0.3, 0.7)  # least and most diffusion time to guide at
@@ -174,6 +177,11 @@ TARGETS = ("noise", "image", "velocity", "flow", "edm")
 WEIGHTS = ("none", "min-snr", "edm")
 LOSSES = ("mse", "mae", "huber")
 TIMES = ("uniform", "logit_normal", "log_normal", "mixed")
+SAMPLERS = ("ddpm", "ddim", "euler", "euler-ancestral", "heun", "dpmpp-2m", "dpmpp-2m-sde", "unipc", "pndm")
+SPACINGS = ("uniform", "leading", "trailing", "karras", "logsnr-uniform")
+GRID_STEPS = (
+    1000  # most steps of the spacings leading and trailing, which take them from the discrete chain's
+)
 PROCESS_RANGE = (1e-3, 1e3)  # of the shift and the SNR's cap
 
 PHOTOGRAPHS = AugmentationConfig(resize_min=1.0, resize_max=1.15, brightness=0.1, contrast=0.1)
@@ -354,6 +362,9 @@ def check(config: Config) -> None:
         if value not in known:
             raise InputError(f"--{name}: received {value!r}, expected one of {', '.join(map(str, known))}")
     _check_process(config.diffusion)
+    check_sampling(
+        "--evaluation.", config.evaluation.sampler, config.evaluation.spacing, config.evaluation.steps
+    )
     if not re.fullmatch(r"all|none|\d+(,\d+)*", config.gpus):
         raise InputError(f"--gpus: received {config.gpus!r}, expected all, none, or indices such as 0,2")
     if config.train_vae is False and config.vae_from is None:
@@ -369,6 +380,21 @@ def check_interval(name, interval) -> None:
     if not 0 <= interval[0] < interval[1] <= 1:
         raise InputError(
             f"{name}: received {tuple(interval)}, expected the least and the most time, within 0 to 1"
+        )
+
+
+def check_sampling(prefix, sampler, spacing, steps) -> None:
+    """Refuses a sampler and times that cannot be, by the names of their settings with a prefix, such as "--".
+
+    Raises:
+        InputError: an unknown name, or a number of steps that the spacing does not have.
+    """
+    for name, value, known in (("sampler", sampler, SAMPLERS), ("spacing", spacing, SPACINGS)):
+        if value not in known:
+            raise InputError(f"{prefix}{name}: received {value!r}, expected one of {', '.join(known)}")
+    if spacing in ("leading", "trailing") and steps > GRID_STEPS:
+        raise InputError(
+            f"{prefix}steps: received {steps} with {prefix}spacing {spacing}, expected at most {GRID_STEPS}"
         )
 
 

@@ -69,6 +69,10 @@ class Generate:
     prompts: str | None = None  # text file with a sentence a line
     count: int = 1  # pictures a sentence
     seed: int = 0  # of a sentence's first picture; the next ones have seed + 1, ...
+    # ddpm, ddim, euler, euler-ancestral, heun, dpmpp-2m, dpmpp-2m-sde, unipc or pndm; None: the run's
+    sampler: str | None = None
+    # of the sampler's times: uniform, leading, trailing, karras or logsnr-uniform; None: the run's
+    spacing: str | None = None
     steps: int | None = None  # sampler steps; None: the run's
     guidance: float | None = None  # strength of guidance, 1 is off; None: the run's
     # diffusion times to guide at, 0 1 is all; None: the run's
@@ -239,7 +243,7 @@ def _generate(options):
 
 
 def _check_request(options):
-    """Refuses what is missing; `generate` checks the rest."""
+    """Refuses what is missing or has no such name; `generate` checks the rest."""
     if not options.prompt and options.prompts is None:
         raise InputError(
             'prompts: received none, expected at least one: --prompt "a sentence", or --prompts FILE'
@@ -248,6 +252,10 @@ def _check_request(options):
         raise InputError(
             f"--prompts: received {options.prompts}, expected a text file in UTF-8 (there is no such file)"
         )
+    judged = settings.EvaluationConfig
+    settings.check_sampling(
+        "--", options.sampler or judged.sampler, options.spacing or judged.spacing, steps=1
+    )
     if not (Path(options.run) / "config.json").is_file():
         runs = ", ".join(str(file.parent) for file in sorted(Path("runs").glob("*/config.json")))
         raise InputError(

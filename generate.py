@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 import parallel
 from checkpoint import RunFolder, assign, named_variables
-from config import Config, check_interval, from_dict, part
+from config import Config, check_interval, check_sampling, from_dict, part
 from diffusion.guidance import guide
-from diffusion.samplers import ddim
+from diffusion.samplers import SAMPLERS, STOCHASTIC
 from diffusion.schedule import Process
 from diffusion.times import sampling_times
 from errors import InputError
@@ -89,8 +89,16 @@ def load(path) -> tuple[Networks, Config]:
     return Networks(vae, text_encoder, unet, Process(**part(config.diffusion)), vocabulary), config
 
 
+def drawing(config: Config, **given) -> dict:
+    """How a run draws, as keywords of `Painter.draw`: its own settings, but for those that are given and not None."""
+    judged = config.evaluation
+    own = {name: getattr(judged, name) for name in ("steps", "guidance", "sampler", "spacing")}
+    own["interval"] = judged.guidance_interval
+    return own | {name: value for name, value in given.items() if value is not None}
+
+
 class Painter:
-    """Draws pictures with networks in memory; the sampler is compiled once, at its first use.
+    """Draws pictures with networks in memory; each sampler is compiled once, at its first use.
 
     Args:
         networks: see `Networks`.
@@ -101,9 +109,8 @@ class Painter:
     def __init__(self, networks, image_size, batch_size=16):
         self.networks, self.batch_size = networks, batch_size
         self.image_size, self.latent_shape = image_size, networks.vae.latent_shape(image_size)
-        # One trace serves every batch size and number of steps.
         length = networks.vocabulary.length
-        signature = [
+        self._signature = [
             tf.TensorSpec([None, length], tf.int32),
             tf.TensorSpec([None, length], tf.bool),
             tf.TensorSpec([None], tf.int64),
@@ -111,10 +118,19 @@ class Painter:
             tf.TensorSpec([], tf.float32),
             tf.TensorSpec([2], tf.float32),
         ]
-        self._plain = tf.function(functools.partial(self._draw, guided=False), input_signature=signature)
-        self._guided = tf.function(functools.partial(self._draw, guided=True), input_signature=signature)
+        self._compiled = {}
 
-    def draw(self, tokens, seeds, steps=20, guidance=2.5, interval=ALWAYS, progress=None):
+    def draw(
+        self,
+        tokens,
+        seeds,
+        steps=20,
+        guidance=2.5,
+        interval=ALWAYS,
+        progress=None,
+        sampler="ddim",
+        spacing="uniform",
+    ):
         """Draws one picture a row, lazily.
 
         Args:
@@ -124,29 +140,39 @@ class Painter:
             guidance: strength of classifier-free guidance; 1 is off.
             interval: (least, most) diffusion time to guide at.
             progress: a label for a progress bar, or None.
+            sampler: one of `diffusion.samplers.SAMPLERS`.
+            spacing: of its times, see `diffusion.times.sampling_times`.
 
         Yields:
             uint8 (H, W, 3), N of them.
         """
         tokens, seeds = np.asarray(tokens, "int32"), np.asarray(seeds, "int64")
-        times = sampling_times(self.networks.process, steps)
+        times = sampling_times(self.networks.process, steps, spacing)
+        draw = self.compiled(sampler, guided=guidance != 1)
         silent = None if progress else True  # None: silent where standard error is no terminal
         with tqdm(total=len(tokens), desc=progress, unit="picture", leave=False, disable=silent) as bar:
             for start in range(0, len(tokens), self.batch_size):
                 rows = slice(start, start + self.batch_size)
                 mask = self.networks.vocabulary.mask(tokens[rows])
-                draw = self._plain if guidance == 1 else self._guided
                 inputs = tokens[rows], mask, seeds[rows], times, guidance, interval
                 yield from np.asarray(draw(*inputs))
                 bar.update(len(tokens[rows]))
 
-    def _draw(self, tokens, mask, seeds, *settings, guided):
+    def compiled(self, sampler, guided):
+        """The drawing of a batch as one `tf.function`, which serves every batch size and number of steps."""
+        kind = {"sampler": sampler, "guided": guided}
+        if (sampler, guided) not in self._compiled:
+            draw = functools.partial(self._draw, **kind)
+            self._compiled[sampler, guided] = tf.function(draw, input_signature=self._signature)
+        return self._compiled[sampler, guided]
+
+    def _draw(self, tokens, mask, seeds, *settings, **kind):
         def draw(tokens, mask, seeds):
-            return self._draw_part(tokens, mask, seeds, *settings, guided)
+            return self._draw_part(tokens, mask, seeds, *settings, **kind)
 
         return parallel.joined(draw, [tokens, mask, seeds], [self.image_size, self.image_size, 3], "uint8")
 
-    def _draw_part(self, tokens, mask, seeds, times, guidance, interval, guided):
+    def _draw_part(self, tokens, mask, seeds, times, guidance, interval, sampler, guided):
         vae, text_encoder, unet, process, vocabulary = self.networks
         context = text_encoder([tokens, mask])
         if guided:
@@ -159,18 +185,29 @@ class Painter:
             t = ops.broadcast_to(t, ops.shape(x)[:1])
             return process.denoised(unet([process.scaled(x, t), t, context, mask]), x, t)
 
+        def step_noise(k):
+            return noise_of(seeds, self.latent_shape, k + 1)
+
         noise = process.start(noise_of(seeds, self.latent_shape), times[0])
         if guided:
             denoise = guide(denoise, guidance, interval=tf.unstack(interval))
-        latents = ddim(denoise, noise, times, process.rates)
+        if sampler in STOCHASTIC:
+            draw = functools.partial(SAMPLERS[sampler], step_noise=step_noise)
+        else:
+            draw = SAMPLERS[sampler]
+        latents = draw(denoise, noise, times, process.rates)
         return to_images(vae.decode(latents))
 
 
-def noise_of(seeds, shape):
-    """Standard normal noise (B, *shape), each sample from its own seed; seeds int64 (B,)."""
+def noise_of(seeds, shape, number=0):
+    """Standard normal noise (B, *shape), each sample from its own seed; seeds int64 (B,).
+
+    The number is 0 for the noise that a picture starts from, and k + 1 for what its sampler's step k draws anew.
+    """
+    own_key = NOISE_KEY + tf.cast(number, tf.int64) * 2**32
 
     def one(seed):
-        return tf.random.stateless_normal(shape, tf.stack([seed, tf.constant(NOISE_KEY, tf.int64)]))
+        return tf.random.stateless_normal(shape, tf.stack([seed, own_key]))
 
     return tf.map_fn(one, tf.cast(seeds, tf.int64), fn_output_signature=tf.TensorSpec(shape, tf.float32))
 
@@ -180,31 +217,42 @@ def to_images(pixels):
     return ops.cast(ops.round(ops.clip(ops.cast(pixels, "float32") * 127.5 + 127.5, 0.0, 255.0)), "uint8")
 
 
-def generate(painter, prompts, count=1, seed=0, steps=20, guidance=2.5, interval=ALWAYS, progress=None):
+def generate(painter, prompts, count=1, seed=0, progress=None, **settings):
     """Draws `count` pictures of every prompt, lazily; picture k of a prompt has the seed `seed + k`.
 
     Args:
         painter: a `Painter`.
         prompts: list of str.
         count: pictures a prompt.
-        seed, steps, guidance, interval, progress: see `Painter.draw`.
+        seed, progress: of the first picture of a prompt, and a label for a progress bar, or None.
+        settings: keywords of `Painter.draw`.
 
     Yields:
         Picture.
 
     Raises:
-        InputError: no prompt, an empty one, or a count, a seed, a number of steps or a guidance that cannot be.
+        InputError: no prompt, an empty one, or a count, a seed or a setting that cannot be.
     """
-    _check_request(prompts, count, seed, steps, guidance)
-    check_interval("interval", interval)
+    _check_request(prompts, count, seed, **settings)
     tokens, _ = painter.networks.vocabulary.encode(prompts)
     seeds = np.tile(seed + np.arange(count), len(prompts))
-    images = painter.draw(np.repeat(tokens, count, axis=0), seeds, steps, guidance, interval, progress)
+    images = painter.draw(np.repeat(tokens, count, axis=0), seeds, progress=progress, **settings)
     for index, image in enumerate(images):
         yield Picture(image, prompts[index // count], int(seeds[index]))
 
 
-def _check_request(prompts, count, seed, steps, guidance):
+def _check_request(
+    prompts,
+    count,
+    seed,
+    steps=20,
+    guidance=2.5,
+    interval=ALWAYS,
+    sampler="ddim",
+    spacing="uniform",
+    flag="",
+):
+    """Refuses what cannot be drawn; `flag` goes before the names of settings in the message: "--", or nothing."""
     if not prompts:
         raise InputError("prompts: received none, expected at least one")
     for row, prompt in enumerate(prompts):
@@ -218,6 +266,8 @@ def _check_request(prompts, count, seed, steps, guidance):
         raise InputError(f"steps: received {steps}, expected at least 1")
     if not np.isfinite(guidance):
         raise InputError(f"guidance: received {guidance}, expected a finite number")
+    check_sampling(flag, sampler, spacing, steps)
+    check_interval("--guidance-interval" if flag else "interval", interval)
 
 
 def write_pictures(
@@ -226,6 +276,8 @@ def write_pictures(
     prompts=None,
     count=1,
     seed=0,
+    sampler=None,
+    spacing=None,
     steps=None,
     guidance=None,
     guidance_interval=None,
@@ -239,8 +291,8 @@ def write_pictures(
         prompt: sentences.
         prompts: a text file with a sentence a line, or None.
         count, seed: see `generate`.
-        steps, guidance, guidance_interval: sampler steps, strength of guidance and the times it acts at; None takes
-            the run's.
+        sampler, spacing, steps, guidance, guidance_interval: the sampler, its times and their number, the strength of
+            guidance and the times it acts at; None takes the run's.
         batch_size: pictures drawn at once.
         out: folder for the files; it is made.
 
@@ -254,11 +306,9 @@ def write_pictures(
         raise InputError(f"--batch-size: received {batch_size}, expected at least 1")
     texts = [*prompt, *(_read_prompts(prompts) if prompts else ())]
     networks, config = load(run)
-    steps = config.evaluation.steps if steps is None else steps
-    guidance = config.evaluation.guidance if guidance is None else guidance
-    interval = config.evaluation.guidance_interval if guidance_interval is None else guidance_interval
-    _check_request(texts, count, seed, steps, guidance)
-    check_interval("--guidance-interval", interval)
+    settings = {"sampler": sampler, "spacing": spacing, "steps": steps, "guidance": guidance}
+    settings = drawing(config, interval=guidance_interval, **settings)
+    _check_request(texts, count, seed, **settings, flag="--")
     unknown = networks.vocabulary.unknown(texts)
     if unknown:
         warnings.warn(
@@ -270,10 +320,9 @@ def write_pictures(
     folder, pictures, paths = Path(out), [], []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        drawn = {"steps": steps, "guidance": guidance}
-        for picture in generate(painter, texts, count, seed, interval=interval, progress="drawing", **drawn):
+        for picture in generate(painter, texts, count, seed, progress="drawing", **settings):
             paths.append(folder / f"{len(pictures):04d}.png")
-            save_png(picture, paths[-1], **drawn, guidance_interval=tuple(interval), run=run)
+            save_png(picture, paths[-1], **_written(settings), run=run)
             pictures.append(picture)
         grid = captioned_grid(
             [picture.image for picture in pictures], [picture.prompt for picture in pictures]
@@ -286,6 +335,11 @@ def write_pictures(
         ) from error
     print(f"{len(paths)} picture{'s' * (len(paths) != 1)} and grid.png in {folder}")
     return paths
+
+
+def _written(settings):
+    """Keywords of `Painter.draw` by the names of their flags, as a picture's file keeps them."""
+    return {{"interval": "guidance_interval"}.get(name, name): value for name, value in settings.items()}
 
 
 def _read_prompts(path):

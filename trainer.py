@@ -172,7 +172,7 @@ class LatentDiffusionTrainer(_Trainer):
         kid_images: uint8 (N, H, W, 3), the real pictures for it, measured when first needed; None where its
             real features are set.
         kid_tokens: int32 (M, T), the captions drawn for it.
-        draw: keywords of `Painter.draw`: steps, guidance and interval of previews and validation.
+        draw: keywords of `Painter.draw` for previews and validation, such as `generate.drawing` gives.
         draw_batch: pictures drawn at once.
         micro_batches: see `_Trainer`.
 
@@ -269,7 +269,7 @@ class LatentDiffusionTrainer(_Trainer):
         Args:
             tokens: int32 (N, T).
             seeds: N whole numbers; default 0 to N - 1.
-            settings: steps, guidance and interval, where they differ from the trainer's.
+            settings: keywords of `Painter.draw`, where they differ from the trainer's.
 
         Returns:
             uint8 (N, H, W, 3).

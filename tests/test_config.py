@@ -10,7 +10,7 @@ import pytest
 
 import config as settings
 from config import PRESETS, Config, check, from_dict, light, part, preset, to_dict
-from diffusion import schedule, targets, times
+from diffusion import samplers, schedule, targets, times
 from errors import InputError
 
 SEVEN = ["paper-flowers", "cup3", "coco", "flickr8k", "afhq", "afhq-text", "ffhq-vae"]
@@ -280,6 +280,20 @@ REFUSED = [
         {"diffusion__weight": "uncertainty"},
         "--diffusion.weight: received 'uncertainty', expected one of none, min-snr, edm",
     ),
+    (
+        {"evaluation__sampler": "DDIM"},
+        "--evaluation.sampler: received 'DDIM', expected one of ddpm, ddim, euler, euler-ancestral, heun, dpmpp-2m, "
+        "dpmpp-2m-sde, unipc, pndm",
+    ),
+    (
+        {"evaluation__spacing": "linspace"},
+        "--evaluation.spacing: received 'linspace', expected one of uniform, leading, trailing, karras, "
+        "logsnr-uniform",
+    ),
+    (
+        {"evaluation__spacing": "trailing", "evaluation__steps": 1001},
+        "--evaluation.steps: received 1001 with --evaluation.spacing trailing, expected at most 1000",
+    ),
     ({"diffusion__loss": "l1"}, "--diffusion.loss: received 'l1', expected one of mse, mae, huber"),
     ({"diffusion__snr_cap": 1001.0}, "--diffusion.snr-cap: received 1001.0, expected at most 1000.0"),
     (
@@ -371,6 +385,9 @@ def test_the_names_of_the_process_are_those_that_it_knows():
     assert settings.TARGETS == targets.TARGETS
     assert settings.LOSSES == targets.LOSSES
     assert settings.TIMES == times.TIMES
+    assert settings.SPACINGS == times.SPACINGS
+    assert settings.GRID_STEPS == schedule.STEPS
+    assert settings.SAMPLERS == tuple(samplers.SAMPLERS)
     assert (*settings.WEIGHTS, "uncertainty") == targets.WEIGHTS  # learned: the trainer has no output for it
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 
 import generate
 from checkpoint import RunFolder, collect, named_variables
-from config import Config, TextEncoderConfig, UNetConfig, VAEConfig, to_dict
+from config import Config, EvaluationConfig, TextEncoderConfig, UNetConfig, VAEConfig, to_dict
+from diffusion.samplers import SAMPLERS, STOCHASTIC
 from diffusion.times import sampling_times
 from errors import InputError
 from generate import Painter, Picture, captioned_grid, load, noise_of, save_png, to_images, write_pictures
@@ -67,7 +68,8 @@ def test_a_picture_follows_its_own_seed_and_prompt(painter):
 def test_pictures_come_one_batch_at_a_time(networks):
     painter = Painter(networks, 16, batch_size=1)
     calls = []
-    painter._guided = lambda *arguments: calls.append(arguments) or np.zeros((1, 16, 16, 3), "uint8")
+    draw = lambda *arguments: calls.append(arguments) or np.zeros((1, 16, 16, 3), "uint8")  # noqa: E731
+    painter.compiled = lambda sampler, guided: draw
     pictures = generate.generate(painter, PROMPTS)
     next(pictures)
     assert len(calls) == 1
@@ -114,8 +116,71 @@ def test_one_trace_serves_every_batch_and_number_of_steps(networks):
     painter = Painter(networks, 16, batch_size=2)
     for steps in (1, 2, 5):
         drawn(painter, PROMPTS, steps=steps)
-    assert painter._guided.experimental_get_tracing_count() == 1
+    assert painter.compiled("ddim", guided=True).experimental_get_tracing_count() == 1
+    drawn(painter, PROMPTS, sampler="heun", spacing="karras")
+    assert painter.compiled("heun", guided=True).experimental_get_tracing_count() == 1
+    assert painter.compiled("ddim", guided=True).experimental_get_tracing_count() == 1
     np.testing.assert_allclose(sampling_times(networks.process, 5), [1, 0.8, 0.6, 0.4, 0.2, 0], atol=1e-6)
+
+
+def by_hand(networks, sampler, times, seed, prompt):
+    """A picture without guidance, uint8 (H, W, 3), by the pure function of that name."""
+    vae, text_encoder, unet, process, vocabulary = networks
+    tokens, mask = map(tf.constant, vocabulary.encode([prompt]))
+    context, shape = text_encoder([tokens, mask]), (8, 8, 2)
+
+    def denoise(x, t):
+        t = tf.reshape(t, [1])
+        return process.denoised(unet([process.scaled(x, t), t, context, mask]), x, t)
+
+    def step_noise(k):
+        return noise_of(tf.constant([seed], tf.int64), shape, k + 1)
+
+    own = {"step_noise": step_noise} if sampler in ("ddpm", "euler-ancestral", "dpmpp-2m-sde") else {}
+    noise = process.start(noise_of(tf.constant([seed], tf.int64), shape), times[0])
+    latents = SAMPLERS[sampler](denoise, noise, times, process.rates, **own)
+    return np.asarray(to_images(vae.decode(latents))).astype(int)[0]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_painter_draws_with_the_sampler_and_the_times_that_are_named(networks, painter, sampler):
+    settings = {"sampler": sampler, "guidance": 1, "steps": 4}
+    pictures = [
+        images(drawn(painter, PROMPTS[:2], **settings, spacing=name)) for name in ("karras", "leading")
+    ]
+    for spacing, own in zip(("karras", "leading"), pictures, strict=True):
+        times = sampling_times(networks.process, 4, spacing)
+        expected = by_hand(networks, sampler, times, 0, PROMPTS[1])
+        assert expected.std() > 5
+        np.testing.assert_allclose(own[1], expected, atol=1)
+    assert np.abs(pictures[0] - pictures[1]).max() > 2
+
+
+@pytest.mark.parametrize("sampler", STOCHASTIC)
+def test_noise_drawn_anew_is_of_each_pictures_seed_and_step(networks, painter, sampler):
+    settings = {"sampler": sampler, "count": 2, "seed": 5}
+    together = images(drawn(painter, PROMPTS, **settings))
+    one_by_one = images(drawn(Painter(networks, 16, batch_size=1), PROMPTS, **settings))
+    np.testing.assert_allclose(together, one_by_one, atol=1)
+    assert np.abs(together - images(drawn(painter, PROMPTS, count=2, seed=5))).max() > 2  # ddim draws none
+
+
+def test_the_noises_of_a_seed_are_unlike():
+    noises = np.stack([noise_of(np.array([3]), (32, 32, 4), number)[0] for number in (0, 1, 2, 1000)])
+    assert np.abs(np.corrcoef(noises.reshape(4, -1)) - np.eye(4)).max() < 4 / 64
+
+
+@pytest.mark.parametrize(
+    "process", [{"target": "flow", "schedule": "flow"}, {"target": "edm", "schedule": "edm"}]
+)
+def test_every_process_draws_with_every_sampler(toy_networks, process):
+    networks = toy_networks(**process)
+    painter = Painter(networks, 16)
+    for sampler in SAMPLERS:
+        (picture,) = images(drawn(painter, PROMPTS[:1], sampler=sampler, guidance=1, seed=2))
+        expected = by_hand(networks, sampler, sampling_times(networks.process, STEPS), 2, PROMPTS[0])
+        np.testing.assert_allclose(picture, expected, atol=1)
+        assert picture.std() > 5
 
 
 def test_the_noise_of_a_seed_is_its_own_and_standard_normal():
@@ -161,6 +226,14 @@ def test_words_that_the_run_does_not_know_are_named_once(run_path, tmp_path, cap
         ({"seed": 2**63}, f"seed: received {2**63}, expected a number of 64 bits"),
         ({"guidance": math.nan}, "guidance: received nan, expected a finite number"),
         ({"guidance": math.inf}, "guidance: received inf, expected a finite number"),
+        (
+            {"interval": (0.7, 0.3)},
+            "interval: received (0.7, 0.3), expected the least and the most time, within 0 to 1",
+        ),
+        (
+            {"spacing": "linspace"},
+            "spacing: received 'linspace', expected one of uniform, leading, trailing, karras, logsnr-uniform",
+        ),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(painter, request_, line):
@@ -176,6 +249,7 @@ CONFIG = Config(
     vae=VAEConfig(level_channels=(4, 4), blocks=(0, 0), latent_channels=2, groups=2),
     text_encoder=TextEncoderConfig(width=8, layers=1, heads=2),
     unet=UNetConfig((8,), (True,), blocks=0, head_channels=4, groups=4, ff_expansion=1, pooled_context=False),
+    evaluation=EvaluationConfig(sampler="unipc", spacing="logsnr-uniform"),
 )
 
 
@@ -249,17 +323,20 @@ def test_every_picture_is_a_png_that_says_what_it_is(run_path, painter, tmp_path
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\ufeffone red flower\n\n  \ntwo green leaves\r\n", encoding="utf-8")
     settings = {"count": 2, "seed": 3, "steps": STEPS, "guidance": GUIDANCE, "guidance_interval": INTERVAL}
+    settings |= {"sampler": "dpmpp-2m", "spacing": "karras"}
     with pytest.warns(UserWarning, match="without the word äther: read as <RARE>"):
         paths = write_pictures(run_path, ["äther"], prompts, **settings, out=tmp_path / "a" / "b")
     texts = ["äther", "one red flower", "two green leaves"]
     assert [path.name for path in paths] == [f"{index:04d}.png" for index in range(6)]
-    expected = drawn(painter, texts, count=2, seed=3, interval=INTERVAL)
+    expected = drawn(painter, texts, count=2, seed=3, interval=INTERVAL, sampler="dpmpp-2m", spacing="karras")
     for path, picture in zip(paths, expected, strict=True):
         with Image.open(path) as file:
             np.testing.assert_allclose(np.asarray(file).astype(int), picture.image, atol=1)
             assert file.text == {
                 "prompt": picture.prompt,
                 "seed": str(picture.seed),
+                "sampler": "dpmpp-2m",
+                "spacing": "karras",
                 "steps": "3",
                 "guidance": "2.0",
                 "guidance_interval": "(0.0, 0.5)",
@@ -273,13 +350,12 @@ def test_every_picture_is_a_png_that_says_what_it_is(run_path, painter, tmp_path
     assert f"6 pictures and grid.png in {tmp_path / 'a' / 'b'}" in capsys.readouterr().out
 
 
-def test_steps_and_guidance_default_to_the_runs(run_path, tmp_path):
+def test_how_pictures_are_drawn_defaults_to_the_runs(run_path, tmp_path):
     (path,) = write_pictures(run_path, ["one red flower"], out=tmp_path)
     with Image.open(path) as file:
         judged = CONFIG.evaluation
-        asked = judged.steps, judged.guidance, judged.guidance_interval
-        written = file.text["steps"], file.text["guidance"], file.text["guidance_interval"]
-        assert written == tuple(map(str, asked))
+        for name in ("sampler", "spacing", "steps", "guidance", "guidance_interval"):
+            assert file.text[name] == str(getattr(judged, name))
 
 
 @pytest.mark.parametrize(
@@ -290,6 +366,12 @@ def test_steps_and_guidance_default_to_the_runs(run_path, tmp_path):
         ({"count": 0}, "count: received 0"),
         ({"steps": 0}, "steps: received 0"),
         ({"batch_size": 0}, "--batch-size: received 0"),
+        ({"sampler": "plms"}, "--sampler: received 'plms', expected one of ddpm, ddim, euler, "),
+        ({"spacing": "even"}, "--spacing: received 'even', expected one of uniform, leading, "),
+        (
+            {"spacing": "leading", "steps": 1001},
+            "--steps: received 1001 with --spacing leading, expected at most",
+        ),
         ({"guidance": math.nan}, "guidance: received nan"),
         ({"guidance_interval": (0.7, 0.3)}, "--guidance-interval: received (0.7, 0.3), expected the least"),
         ({"guidance_interval": (0.0, math.nan)}, "--guidance-interval: received (0.0, nan)"),
