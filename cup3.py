@@ -77,6 +77,9 @@ class Generate:
     guidance: float | None = None  # strength of guidance, 1 is off; None: the run's
     # diffusion times to guide at, 0 1 is all; None: the run's
     guidance_interval: tuple[float, float] | None = None
+    # share of the contrast that guidance adds to take back, 0 to 1; None: 0
+    guidance_rescale: float | None = None
+    negative: str | None = None  # a sentence that guidance leads away from
     batch_size: int = 16  # pictures drawn at once
     out: str = "pictures"  # folder for the PNG files and grid.png
 

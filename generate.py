@@ -110,13 +110,14 @@ class Painter:
         self.networks, self.batch_size = networks, batch_size
         self.image_size, self.latent_shape = image_size, networks.vae.latent_shape(image_size)
         length = networks.vocabulary.length
+        text = [tf.TensorSpec([None, length], tf.int32), tf.TensorSpec([None, length], tf.bool)]
         self._signature = [
-            tf.TensorSpec([None, length], tf.int32),
-            tf.TensorSpec([None, length], tf.bool),
+            *(text + text),
             tf.TensorSpec([None], tf.int64),
             tf.TensorSpec([None], tf.float32),
             tf.TensorSpec([], tf.float32),
             tf.TensorSpec([2], tf.float32),
+            tf.TensorSpec([], tf.float32),
         ]
         self._compiled = {}
 
@@ -130,6 +131,8 @@ class Painter:
         progress=None,
         sampler="ddim",
         spacing="uniform",
+        negative=None,
+        rescale=0.0,
     ):
         """Draws one picture a row, lazily.
 
@@ -142,44 +145,60 @@ class Painter:
             progress: a label for a progress bar, or None.
             sampler: one of `diffusion.samplers.SAMPLERS`.
             spacing: of its times, see `diffusion.times.sampling_times`.
+            negative: int32 (T,), what guidance leads away from; None is the empty text.
+            rescale: share of the spread that guidance adds which is taken back, see `diffusion.guidance.guide`.
 
         Yields:
             uint8 (H, W, 3), N of them.
         """
         tokens, seeds = np.asarray(tokens, "int32"), np.asarray(seeds, "int64")
         times = sampling_times(self.networks.process, steps, spacing)
-        draw = self.compiled(sampler, guided=guidance != 1)
+        vocabulary = self.networks.vocabulary
+        other = np.broadcast_to(vocabulary.empty() if negative is None else negative, tokens.shape)
+        draw = self.compiled(sampler, guided=guidance != 1, rescaled=rescale != 0)
         silent = None if progress else True  # None: silent where standard error is no terminal
         with tqdm(total=len(tokens), desc=progress, unit="picture", leave=False, disable=silent) as bar:
             for start in range(0, len(tokens), self.batch_size):
                 rows = slice(start, start + self.batch_size)
-                mask = self.networks.vocabulary.mask(tokens[rows])
-                inputs = tokens[rows], mask, seeds[rows], times, guidance, interval
-                yield from np.asarray(draw(*inputs))
+                text = [part for own in (tokens[rows], other[rows]) for part in (own, vocabulary.mask(own))]
+                yield from np.asarray(draw(*text, seeds[rows], times, guidance, interval, rescale))
                 bar.update(len(tokens[rows]))
 
-    def compiled(self, sampler, guided):
+    def compiled(self, sampler, guided, rescaled=False):
         """The drawing of a batch as one `tf.function`, which serves every batch size and number of steps."""
-        kind = {"sampler": sampler, "guided": guided}
-        if (sampler, guided) not in self._compiled:
-            draw = functools.partial(self._draw, **kind)
-            self._compiled[sampler, guided] = tf.function(draw, input_signature=self._signature)
-        return self._compiled[sampler, guided]
+        kind = sampler, guided, rescaled
+        if kind not in self._compiled:
+            draw = functools.partial(self._draw, sampler=sampler, guided=guided, rescaled=rescaled)
+            self._compiled[kind] = tf.function(draw, input_signature=self._signature)
+        return self._compiled[kind]
 
-    def _draw(self, tokens, mask, seeds, *settings, **kind):
-        def draw(tokens, mask, seeds):
-            return self._draw_part(tokens, mask, seeds, *settings, **kind)
+    def _draw(self, tokens, mask, other, other_mask, seeds, *settings, **kind):
+        def draw(*rows):
+            return self._draw_part(*rows, *settings, **kind)
 
-        return parallel.joined(draw, [tokens, mask, seeds], [self.image_size, self.image_size, 3], "uint8")
+        rows = [tokens, mask, other, other_mask, seeds]
+        return parallel.joined(draw, rows, [self.image_size, self.image_size, 3], "uint8")
 
-    def _draw_part(self, tokens, mask, seeds, times, guidance, interval, sampler, guided):
-        vae, text_encoder, unet, process, vocabulary = self.networks
+    def _draw_part(
+        self,
+        tokens,
+        mask,
+        other,
+        other_mask,
+        seeds,
+        times,
+        guidance,
+        interval,
+        rescale,
+        sampler,
+        guided,
+        rescaled,
+    ):
+        vae, text_encoder, unet, process, _ = self.networks
         context = text_encoder([tokens, mask])
         if guided:
-            empty = ops.broadcast_to(vocabulary.empty()[None], ops.shape(tokens))
-            empty_mask = ops.broadcast_to(vocabulary.mask(vocabulary.empty())[None], ops.shape(mask))
-            context = ops.concatenate([context, text_encoder([empty, empty_mask])], axis=0)
-            mask = ops.concatenate([mask, empty_mask], axis=0)
+            context = ops.concatenate([context, text_encoder([other, other_mask])], axis=0)
+            mask = ops.concatenate([mask, other_mask], axis=0)
 
         def denoise(x, t):
             t = ops.broadcast_to(t, ops.shape(x)[:1])
@@ -190,7 +209,7 @@ class Painter:
 
         noise = process.start(noise_of(seeds, self.latent_shape), times[0])
         if guided:
-            denoise = guide(denoise, guidance, interval=tf.unstack(interval))
+            denoise = guide(denoise, guidance, rescale if rescaled else 0.0, tf.unstack(interval))
         if sampler in STOCHASTIC:
             draw = functools.partial(SAMPLERS[sampler], step_noise=step_noise)
         else:
@@ -217,7 +236,7 @@ def to_images(pixels):
     return ops.cast(ops.round(ops.clip(ops.cast(pixels, "float32") * 127.5 + 127.5, 0.0, 255.0)), "uint8")
 
 
-def generate(painter, prompts, count=1, seed=0, progress=None, **settings):
+def generate(painter, prompts, count=1, seed=0, progress=None, negative=None, **settings):
     """Draws `count` pictures of every prompt, lazily; picture k of a prompt has the seed `seed + k`.
 
     Args:
@@ -225,7 +244,8 @@ def generate(painter, prompts, count=1, seed=0, progress=None, **settings):
         prompts: list of str.
         count: pictures a prompt.
         seed, progress: of the first picture of a prompt, and a label for a progress bar, or None.
-        settings: keywords of `Painter.draw`.
+        negative: a str, what guidance leads away from, or None.
+        settings: more keywords of `Painter.draw`.
 
     Yields:
         Picture.
@@ -233,8 +253,10 @@ def generate(painter, prompts, count=1, seed=0, progress=None, **settings):
     Raises:
         InputError: no prompt, an empty one, or a count, a seed or a setting that cannot be.
     """
-    _check_request(prompts, count, seed, **settings)
+    _check_request(prompts, count, seed, negative=negative, **settings)
     tokens, _ = painter.networks.vocabulary.encode(prompts)
+    if negative is not None:
+        settings["negative"] = painter.networks.vocabulary.encode([negative])[0][0]
     seeds = np.tile(seed + np.arange(count), len(prompts))
     images = painter.draw(np.repeat(tokens, count, axis=0), seeds, progress=progress, **settings)
     for index, image in enumerate(images):
@@ -250,6 +272,8 @@ def _check_request(
     interval=ALWAYS,
     sampler="ddim",
     spacing="uniform",
+    negative=None,
+    rescale=0.0,
     flag="",
 ):
     """Refuses what cannot be drawn; `flag` goes before the names of settings in the message: "--", or nothing."""
@@ -268,6 +292,16 @@ def _check_request(
         raise InputError(f"guidance: received {guidance}, expected a finite number")
     check_sampling(flag, sampler, spacing, steps)
     check_interval("--guidance-interval" if flag else "interval", interval)
+    if not 0 <= rescale <= 1:
+        name = "--guidance-rescale" if flag else "rescale"
+        raise InputError(f"{name}: received {rescale}, expected 0 to 1")
+    if negative is not None and not negative.strip():
+        raise InputError(f"{flag}negative: received an empty text, expected words")
+    if negative is not None and guidance == 1:
+        raise InputError(
+            f"{flag}negative: received {negative!r} with a guidance of 1, which is off and leads away from nothing; "
+            "expected another guidance"
+        )
 
 
 def write_pictures(
@@ -281,6 +315,8 @@ def write_pictures(
     steps=None,
     guidance=None,
     guidance_interval=None,
+    guidance_rescale=None,
+    negative=None,
     batch_size=16,
     out="pictures",
 ):
@@ -293,6 +329,8 @@ def write_pictures(
         count, seed: see `generate`.
         sampler, spacing, steps, guidance, guidance_interval: the sampler, its times and their number, the strength of
             guidance and the times it acts at; None takes the run's.
+        guidance_rescale: see `Painter.draw`; None is 0.
+        negative: a sentence that guidance leads away from, or None.
         batch_size: pictures drawn at once.
         out: folder for the files; it is made.
 
@@ -307,9 +345,10 @@ def write_pictures(
     texts = [*prompt, *(_read_prompts(prompts) if prompts else ())]
     networks, config = load(run)
     settings = {"sampler": sampler, "spacing": spacing, "steps": steps, "guidance": guidance}
-    settings = drawing(config, interval=guidance_interval, **settings)
+    settings |= {"interval": guidance_interval, "rescale": guidance_rescale, "negative": negative}
+    settings = drawing(config, **settings)
     _check_request(texts, count, seed, **settings, flag="--")
-    unknown = networks.vocabulary.unknown(texts)
+    unknown = networks.vocabulary.unknown(texts if negative is None else [*texts, negative])
     if unknown:
         warnings.warn(
             f"{run} was trained without the word{'s' * (len(unknown) != 1)} {', '.join(unknown)}: "
@@ -339,7 +378,8 @@ def write_pictures(
 
 def _written(settings):
     """Keywords of `Painter.draw` by the names of their flags, as a picture's file keeps them."""
-    return {{"interval": "guidance_interval"}.get(name, name): value for name, value in settings.items()}
+    flags = {"interval": "guidance_interval", "rescale": "guidance_rescale"}
+    return {flags.get(name, name): value for name, value in settings.items()}
 
 
 def _read_prompts(path):

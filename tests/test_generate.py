@@ -69,7 +69,7 @@ def test_pictures_come_one_batch_at_a_time(networks):
     painter = Painter(networks, 16, batch_size=1)
     calls = []
     draw = lambda *arguments: calls.append(arguments) or np.zeros((1, 16, 16, 3), "uint8")  # noqa: E731
-    painter.compiled = lambda sampler, guided: draw
+    painter.compiled = lambda *kind, **kinds: draw
     pictures = generate.generate(painter, PROMPTS)
     next(pictures)
     assert len(calls) == 1
@@ -84,13 +84,26 @@ def test_guidance_1_is_the_conditional_picture(painter):
 
 
 @pytest.mark.parametrize(
-    ("guidance", "interval"), [(1.0, (0.0, 1.0)), (2.5, (0.0, 1.0)), (2.5, (0.5, 0.8)), (2.5, (0.0, 0.5))]
+    ("guidance", "interval", "negative", "rescale"),
+    [
+        (1.0, (0.0, 1.0), None, 0.0),
+        (2.5, (0.0, 1.0), None, 0.0),
+        (2.5, (0.5, 0.8), None, 0.0),
+        (2.5, (0.0, 0.5), None, 0.0),
+        (2.5, (0.0, 1.0), "two green leaves", 0.0),
+        (4.0, (0.0, 1.0), None, 0.7),
+        (4.0, (0.5, 1.0), "one red flower", 0.3),
+    ],
 )
-def test_the_compiled_painter_is_ddim_with_guidance_by_hand(networks, painter, guidance, interval):
-    # Song et al. 2021, equation 12 with eta = 0; Ho & Salimans 2022, equation 6.
+def test_the_compiled_painter_is_ddim_with_guidance_by_hand(
+    networks, painter, guidance, interval, negative, rescale
+):
+    # Song et al. 2021, equation 12 with eta = 0; Ho & Salimans 2022, equation 6; Lin et al. 2023, equations 14 to 16.
     vae, text_encoder, unet, process, vocabulary = networks
     tokens, mask = vocabulary.encode(PROMPTS[:1])
     texts = [(tokens, mask), (vocabulary.empty()[None], vocabulary.mask(vocabulary.empty()[None]))]
+    if negative:
+        texts[1] = vocabulary.encode([negative])
     x = np.asarray(noise_of(np.array([9]), (8, 8, 2)))
     times = np.linspace(1, 0, STEPS + 1, dtype="float32")
     for t, following in zip(times[:-1], times[1:], strict=True):
@@ -105,11 +118,21 @@ def test_the_compiled_painter_is_ddim_with_guidance_by_hand(networks, painter, g
             clean.append(s * x - n * velocity)
         strength = guidance if interval[0] <= t <= interval[1] else 1.0
         guided = clean[1] + strength * (clean[0] - clean[1])
+        guided = rescale * guided * np.std(clean[0]) / np.std(guided) + (1 - rescale) * guided
         x = (next_s * guided + next_n * (x - s * guided) / n).astype("float32")
     expected = np.clip(np.asarray(vae.decode(guided.astype("float32"))) * 127.5 + 127.5, 0, 255)
-    picture = drawn(painter, PROMPTS[:1], seed=9, guidance=guidance, interval=interval)[0].image
+    settings = {"guidance": guidance, "interval": interval, "negative": negative, "rescale": rescale}
+    picture = drawn(painter, PROMPTS[:1], seed=9, **settings)[0].image
     assert picture.std() > 5  # not a plain grey one
     assert np.abs(picture - expected[0]).max() <= 1.01
+
+
+def test_a_negative_prompt_is_led_away_from(painter):
+    plain, negative = (images(drawn(painter, PROMPTS[:2], negative=text)) for text in (None, PROMPTS[1]))
+    assert np.abs(plain[0] - negative[0]).max() > 2
+    # Away from itself is nowhere: the conditional picture, at any guidance.
+    conditional = images(drawn(painter, PROMPTS[1:2], guidance=1, seed=0))
+    np.testing.assert_allclose(negative[1], conditional[0], atol=1)
 
 
 def test_one_trace_serves_every_batch_and_number_of_steps(networks):
@@ -230,6 +253,8 @@ def test_words_that_the_run_does_not_know_are_named_once(run_path, tmp_path, cap
             {"interval": (0.7, 0.3)},
             "interval: received (0.7, 0.3), expected the least and the most time, within 0 to 1",
         ),
+        ({"rescale": math.nan}, "rescale: received nan, expected 0 to 1"),
+        ({"negative": " "}, "negative: received an empty text, expected words"),
         (
             {"spacing": "linspace"},
             "spacing: received 'linspace', expected one of uniform, leading, trailing, karras, logsnr-uniform",
@@ -350,6 +375,19 @@ def test_every_picture_is_a_png_that_says_what_it_is(run_path, painter, tmp_path
     assert f"6 pictures and grid.png in {tmp_path / 'a' / 'b'}" in capsys.readouterr().out
 
 
+def test_a_negative_prompt_and_the_rescaling_are_in_the_file(run_path, painter, tmp_path):
+    settings = {"steps": STEPS, "guidance": 3.0, "sampler": "ddim", "spacing": "uniform"}
+    with pytest.warns(UserWarning, match="without the word zebra: read as <RARE>"):
+        (path,) = write_pictures(
+            run_path, PROMPTS[:1], **settings, out=tmp_path, negative="a zebra", guidance_rescale=0.5
+        )
+    interval = CONFIG.evaluation.guidance_interval
+    (expected,) = drawn(painter, PROMPTS[:1], **settings, interval=interval, negative="a zebra", rescale=0.5)
+    with Image.open(path) as file:
+        assert (file.text["negative"], file.text["guidance_rescale"]) == ("a zebra", "0.5")
+        np.testing.assert_allclose(np.asarray(file).astype(int), expected.image, atol=1)
+
+
 def test_how_pictures_are_drawn_defaults_to_the_runs(run_path, tmp_path):
     (path,) = write_pictures(run_path, ["one red flower"], out=tmp_path)
     with Image.open(path) as file:
@@ -373,6 +411,12 @@ def test_how_pictures_are_drawn_defaults_to_the_runs(run_path, tmp_path):
             "--steps: received 1001 with --spacing leading, expected at most",
         ),
         ({"guidance": math.nan}, "guidance: received nan"),
+        ({"guidance_rescale": 1.2}, "--guidance-rescale: received 1.2, expected 0 to 1"),
+        ({"negative": ""}, "--negative: received an empty text, expected words"),
+        (
+            {"negative": "a leaf", "guidance": 1},
+            "--negative: received 'a leaf' with a guidance of 1, which is off",
+        ),
         ({"guidance_interval": (0.7, 0.3)}, "--guidance-interval: received (0.7, 0.3), expected the least"),
         ({"guidance_interval": (0.0, math.nan)}, "--guidance-interval: received (0.0, nan)"),
         ({"prompts": "absent.txt"}, "--prompts: received absent.txt, expected a text file in UTF-8"),
