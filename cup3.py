@@ -80,6 +80,10 @@ class Generate:
     # share of the contrast that guidance adds to take back, 0 to 1; None: 0
     guidance_rescale: float | None = None
     negative: str | None = None  # a sentence that guidance leads away from
+    init_image: str | None = None  # picture file to begin with, instead of noise alone
+    # how far from it, above 0 to 1, which takes none of it; None: 0.6, or 1 with a mask
+    strength: float | None = None
+    mask: str | None = None  # picture file of its size: white is drawn anew, black stays as it is
     batch_size: int = 16  # pictures drawn at once
     out: str = "pictures"  # folder for the PNG files and grid.png
 
@@ -255,6 +259,17 @@ def _check_request(options):
         raise InputError(
             f"--prompts: received {options.prompts}, expected a text file in UTF-8 (there is no such file)"
         )
+    for name in ("strength", "mask"):
+        if getattr(options, name) is not None and options.init_image is None:
+            raise InputError(
+                f"--{name}: received {getattr(options, name)} without --init-image, expected the picture to begin with"
+            )
+    for name in ("init_image", "mask"):
+        path = getattr(options, name)
+        if path is not None and not Path(path).is_file():
+            raise InputError(
+                f"--{name.replace('_', '-')}: received {path}, expected a picture file (there is no such file)"
+            )
     judged = settings.EvaluationConfig
     settings.check_sampling(
         "--", options.sampler or judged.sampler, options.spacing or judged.spacing, steps=1

@@ -12,24 +12,25 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 from keras import ops
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 import parallel
 from checkpoint import RunFolder, assign, named_variables
 from config import Config, check_interval, check_sampling, from_dict, part
-from diffusion.guidance import guide
+from diffusion.guidance import guide, inpaint
 from diffusion.samplers import SAMPLERS, STOCHASTIC
 from diffusion.schedule import Process
-from diffusion.times import sampling_times
+from diffusion.times import last_times, sampling_times
 from errors import InputError
 from files import atomic_file
-from input_pipeline import RARE, Vocabulary
+from input_pipeline import RARE, Vocabulary, read_pictures, to_pixels
 from model.text_encoder import VocabularyEncoder
 from model.unet import UNet
 from model.vae import AutoencoderKL
 
 ALWAYS = (0.0, 1.0)  # the interval of all diffusion times
+STRENGTH = 0.6  # of drawing from a picture, where none is given: its layout stays, its details change
 NOISE_KEY = 0x6E6F6973  # tells the noise of pictures from every other stateless draw
 
 
@@ -119,6 +120,8 @@ class Painter:
             tf.TensorSpec([2], tf.float32),
             tf.TensorSpec([], tf.float32),
         ]
+        self._picture = tf.TensorSpec([image_size, image_size, 3], tf.uint8)
+        self._area = tf.TensorSpec([image_size, image_size], tf.float32)
         self._compiled = {}
 
     def draw(
@@ -133,6 +136,9 @@ class Painter:
         spacing="uniform",
         negative=None,
         rescale=0.0,
+        picture=None,
+        strength=1.0,
+        area=None,
     ):
         """Draws one picture a row, lazily.
 
@@ -147,29 +153,38 @@ class Painter:
             spacing: of its times, see `diffusion.times.sampling_times`.
             negative: int32 (T,), what guidance leads away from; None is the empty text.
             rescale: share of the spread that guidance adds which is taken back, see `diffusion.guidance.guide`.
+            picture: uint8 (H, W, 3), that drawing begins with, or None.
+            strength: share of the steps that are made, from the picture with the noise of the first of them; 1 begins
+                with noise alone.
+            area: float32 (H, W), how much of each pixel of the picture is drawn anew, 0 to 1; None is all of it.
 
         Yields:
             uint8 (H, W, 3), N of them.
         """
         tokens, seeds = np.asarray(tokens, "int32"), np.asarray(seeds, "int64")
-        times = sampling_times(self.networks.process, steps, spacing)
+        times = last_times(sampling_times(self.networks.process, steps, spacing), strength)
         vocabulary = self.networks.vocabulary
         other = np.broadcast_to(vocabulary.empty() if negative is None else negative, tokens.shape)
-        draw = self.compiled(sampler, guided=guidance != 1, rescaled=rescale != 0)
+        begun, masked = picture is not None and strength < 1, area is not None
+        draw = self.compiled(sampler, guidance != 1, rescale != 0, begun, masked)
+        settings = [times, guidance, interval, rescale, *[picture] * (begun or masked), *[area] * masked]
         silent = None if progress else True  # None: silent where standard error is no terminal
         with tqdm(total=len(tokens), desc=progress, unit="picture", leave=False, disable=silent) as bar:
             for start in range(0, len(tokens), self.batch_size):
                 rows = slice(start, start + self.batch_size)
                 text = [part for own in (tokens[rows], other[rows]) for part in (own, vocabulary.mask(own))]
-                yield from np.asarray(draw(*text, seeds[rows], times, guidance, interval, rescale))
+                yield from np.asarray(draw(*text, seeds[rows], *settings))
                 bar.update(len(tokens[rows]))
 
-    def compiled(self, sampler, guided, rescaled=False):
+    def compiled(self, sampler, guided, rescaled=False, begun=False, masked=False):
         """The drawing of a batch as one `tf.function`, which serves every batch size and number of steps."""
-        kind = sampler, guided, rescaled
+        kind = sampler, guided, rescaled, begun, masked
         if kind not in self._compiled:
-            draw = functools.partial(self._draw, sampler=sampler, guided=guided, rescaled=rescaled)
-            self._compiled[kind] = tf.function(draw, input_signature=self._signature)
+            draw = functools.partial(
+                self._draw, sampler=sampler, guided=guided, rescaled=rescaled, begun=begun
+            )
+            more = [self._picture] * (begun or masked) + [self._area] * masked
+            self._compiled[kind] = tf.function(draw, input_signature=self._signature + more)
         return self._compiled[kind]
 
     def _draw(self, tokens, mask, other, other_mask, seeds, *settings, **kind):
@@ -190,9 +205,13 @@ class Painter:
         guidance,
         interval,
         rescale,
+        picture=None,
+        area=None,
+        *,
         sampler,
         guided,
         rescaled,
+        begun=False,
     ):
         vae, text_encoder, unet, process, _ = self.networks
         context = text_encoder([tokens, mask])
@@ -207,15 +226,30 @@ class Painter:
         def step_noise(k):
             return noise_of(seeds, self.latent_shape, k + 1)
 
-        noise = process.start(noise_of(seeds, self.latent_shape), times[0])
+        known = None if picture is None else vae.encode(to_pixels(picture)[None])[0]
+        noise = process.start(noise_of(seeds, self.latent_shape), times[0], known if begun else None)
         if guided:
             denoise = guide(denoise, guidance, rescale if rescaled else 0.0, tf.unstack(interval))
+        if area is not None:
+            denoise = inpaint(denoise, known, latent_area(area, vae.factor))
         if sampler in STOCHASTIC:
             draw = functools.partial(SAMPLERS[sampler], step_noise=step_noise)
         else:
             draw = SAMPLERS[sampler]
         latents = draw(denoise, noise, times, process.rates)
-        return to_images(vae.decode(latents))
+        images = to_images(vae.decode(latents))
+        return images if area is None else blended(picture, images, area)
+
+
+def latent_area(area, factor):
+    """The area (H, W) to draw anew, 0 to 1, as that of latents, (1, h, w, 1): the most of each one's pixels."""
+    return ops.max_pool(area[None, ..., None], factor, strides=factor)
+
+
+def blended(picture, images, area):
+    """The picture (H, W, 3) with each of the images (B, H, W, 3) in its place, as far as the area (H, W) says."""
+    area, picture, images = area[..., None], ops.cast(picture, "float32"), ops.cast(images, "float32")
+    return ops.cast(ops.round(picture + area * (images - picture)), "uint8")
 
 
 def noise_of(seeds, shape, number=0):
@@ -274,6 +308,9 @@ def _check_request(
     spacing="uniform",
     negative=None,
     rescale=0.0,
+    picture=None,
+    strength=1.0,
+    area=None,
     flag="",
 ):
     """Refuses what cannot be drawn; `flag` goes before the names of settings in the message: "--", or nothing."""
@@ -295,6 +332,16 @@ def _check_request(
     if not 0 <= rescale <= 1:
         name = "--guidance-rescale" if flag else "rescale"
         raise InputError(f"{name}: received {rescale}, expected 0 to 1")
+    if not 0 < strength <= 1:
+        raise InputError(f"{flag}strength: received {strength}, expected more than 0 and at most 1")
+    if not round(strength * steps):
+        raise InputError(
+            f"{flag}strength: received {strength} of {steps} steps, which is none of them; expected more of either"
+        )
+    if picture is None and (strength != 1 or area is not None):
+        raise InputError(
+            f"{'strength' if area is None else 'area'}: received without a picture to begin with, expected one"
+        )
     if negative is not None and not negative.strip():
         raise InputError(f"{flag}negative: received an empty text, expected words")
     if negative is not None and guidance == 1:
@@ -317,6 +364,9 @@ def write_pictures(
     guidance_interval=None,
     guidance_rescale=None,
     negative=None,
+    init_image=None,
+    strength=None,
+    mask=None,
     batch_size=16,
     out="pictures",
 ):
@@ -331,6 +381,8 @@ def write_pictures(
             guidance and the times it acts at; None takes the run's.
         guidance_rescale: see `Painter.draw`; None is 0.
         negative: a sentence that guidance leads away from, or None.
+        init_image, mask: picture files, see `begun_with`, or None.
+        strength: see `Painter.draw`; None is 1 with a mask, `STRENGTH` without.
         batch_size: pictures drawn at once.
         out: folder for the files; it is made.
 
@@ -338,7 +390,7 @@ def write_pictures(
         The paths of the PNG files, without the grid's.
 
     Raises:
-        InputError: see `load` and `generate`; or `prompts` cannot be read, or `out` not written.
+        InputError: see `load`, `begun_with` and `generate`; or `prompts` cannot be read, or `out` not written.
     """
     if batch_size < 1:
         raise InputError(f"--batch-size: received {batch_size}, expected at least 1")
@@ -347,6 +399,7 @@ def write_pictures(
     settings = {"sampler": sampler, "spacing": spacing, "steps": steps, "guidance": guidance}
     settings |= {"interval": guidance_interval, "rescale": guidance_rescale, "negative": negative}
     settings = drawing(config, **settings)
+    settings |= begun_with(init_image, mask, strength, config.image_size)
     _check_request(texts, count, seed, **settings, flag="--")
     unknown = networks.vocabulary.unknown(texts if negative is None else [*texts, negative])
     if unknown:
@@ -361,7 +414,8 @@ def write_pictures(
         folder.mkdir(parents=True, exist_ok=True)
         for picture in generate(painter, texts, count, seed, progress="drawing", **settings):
             paths.append(folder / f"{len(pictures):04d}.png")
-            save_png(picture, paths[-1], **_written(settings), run=run)
+            files = {"init_image": init_image, "mask": mask}
+            save_png(picture, paths[-1], **_written(settings, **files), run=run)
             pictures.append(picture)
         grid = captioned_grid(
             [picture.image for picture in pictures], [picture.prompt for picture in pictures]
@@ -376,10 +430,52 @@ def write_pictures(
     return paths
 
 
-def _written(settings):
-    """Keywords of `Painter.draw` by the names of their flags, as a picture's file keeps them."""
+def begun_with(init_image, mask, strength, image_size):
+    """What drawing begins with, as keywords of `Painter.draw`: none, or a picture, a strength and perhaps an area.
+
+    Args:
+        init_image: a picture file, resized and cut as for training, or None.
+        mask: a picture file of its size, whose white is drawn anew, whose black stays as it is and whose grey is mixed;
+            or None.
+        strength: see `Painter.draw`, or None.
+        image_size: side of the pictures in pixels.
+
+    Raises:
+        InputError: a file that is no picture, a mask of another size, or a mask or strength without a picture.
+    """
+    if init_image is None:
+        for flag, value in (("--mask", mask), ("--strength", strength)):
+            if value is not None:
+                raise InputError(
+                    f"{flag}: received {value} without --init-image, expected the picture to begin with"
+                )
+        return {}
+    begun = {"picture": read_pictures([init_image], image_size, progress=False)[0]}
+    if mask is None:
+        return begun | {"strength": STRENGTH if strength is None else strength}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is grey, as masks are
+        white = read_pictures([mask], image_size, progress=False)[0].mean(axis=-1, dtype="float32") / 255.0
+    expected, received = _size(init_image), _size(mask)
+    if expected != received:
+        raise InputError(
+            f"--mask: received {mask} of {received} pixels, expected the {expected} of --init-image {init_image}"
+        )
+    return begun | {"strength": 1.0 if strength is None else strength, "area": white}
+
+
+def _size(path):
+    with Image.open(path) as image:
+        return "x".join(map(str, ImageOps.exif_transpose(image).size))
+
+
+def _written(settings, **files):
+    """Keywords of `Painter.draw` by the names of their flags, as a PNG keeps them; pictures by the names of `files`."""
     flags = {"interval": "guidance_interval", "rescale": "guidance_rescale"}
-    return {flags.get(name, name): value for name, value in settings.items()}
+    settings = {
+        flags.get(name, name): value for name, value in settings.items() if name not in ("picture", "area")
+    }
+    return settings | {name: path for name, path in files.items() if path is not None}
 
 
 def _read_prompts(path):

@@ -222,6 +222,22 @@ def test_data_draws_the_flowers(tmp_path, capsys):
             "--spacing: received 'linspace', expected one of uniform, leading, trailing, karras, logsnr-uniform",
         ),
         (
+            ["generate", "--prompt", "x", "--mask", "m.png"],
+            "--mask: received m.png without --init-image, expected the picture to begin with",
+        ),
+        (
+            ["generate", "--prompt", "x", "--strength", "0.5"],
+            "--strength: received 0.5 without --init-image, expected the picture to begin with",
+        ),
+        (
+            ["generate", "--prompt", "x", "--init-image", "absent.png"],
+            "--init-image: received absent.png, expected a picture file (there is no such file)",
+        ),
+        (
+            ["generate", "--prompt", "x", "--init-image", "mine.txt", "--mask", "absent.png"],
+            "--mask: received absent.png, expected a picture file (there is no such file)",
+        ),
+        (
             ["--evaluation.sampler", "plms"],
             "--evaluation.sampler: received 'plms', expected one of ddpm, ddim",
         ),

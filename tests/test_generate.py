@@ -16,8 +16,19 @@ from config import Config, EvaluationConfig, TextEncoderConfig, UNetConfig, VAEC
 from diffusion.samplers import SAMPLERS, STOCHASTIC
 from diffusion.times import sampling_times
 from errors import InputError
-from generate import Painter, Picture, captioned_grid, load, noise_of, save_png, to_images, write_pictures
-from input_pipeline import Vocabulary
+from generate import (
+    Painter,
+    Picture,
+    blended,
+    captioned_grid,
+    latent_area,
+    load,
+    noise_of,
+    save_png,
+    to_images,
+    write_pictures,
+)
+from input_pipeline import Vocabulary, read_pictures
 
 PROMPTS = ["one red flower", "a blue flower with a yellow center", "two green leaves"]
 STEPS, GUIDANCE = 3, 2.0
@@ -41,6 +52,16 @@ def drawn(painter, prompts, **settings):
 
 def images(pictures):
     return np.stack([picture.image for picture in pictures]).astype(int)
+
+
+def some_picture(seed=0, side=16):
+    """Smooth colours, uint8 (side, side, 3)."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3)).astype("uint8")
+    return np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC))
+
+
+def left_half(side=16):
+    return np.repeat(np.arange(side)[None] < side // 2, side, axis=0).astype("float32")
 
 
 # Pictures.
@@ -255,6 +276,10 @@ def test_words_that_the_run_does_not_know_are_named_once(run_path, tmp_path, cap
         ),
         ({"rescale": math.nan}, "rescale: received nan, expected 0 to 1"),
         ({"negative": " "}, "negative: received an empty text, expected words"),
+        ({"strength": -0.5}, "strength: received -0.5, expected more than 0 and at most 1"),
+        ({"strength": math.nan}, "strength: received nan, expected more than 0 and at most 1"),
+        ({"strength": 0.5}, "strength: received without a picture to begin with, expected one"),
+        ({"area": left_half()}, "area: received without a picture to begin with, expected one"),
         (
             {"spacing": "linspace"},
             "spacing: received 'linspace', expected one of uniform, leading, trailing, karras, logsnr-uniform",
@@ -265,6 +290,75 @@ def test_what_cannot_be_drawn_is_refused(painter, request_, line):
     with pytest.raises(InputError) as refusal:
         next(generate.generate(painter, **{"prompts": PROMPTS, **request_}))
     assert str(refusal.value) == line
+
+
+# From a picture.
+
+
+def test_strength_1_takes_nothing_of_the_picture(painter):
+    plain = images(drawn(painter, PROMPTS, seed=4))
+    np.testing.assert_array_equal(plain, images(drawn(painter, PROMPTS, seed=4, picture=some_picture())))
+
+
+def test_drawing_from_a_picture_is_the_last_steps_from_its_latents(networks, painter):
+    # Meng et al. 2022: x at the first time left is the picture's latents with that time's noise; then DDIM.
+    vae, text_encoder, unet, process, vocabulary = networks
+    tokens, mask = map(tf.constant, vocabulary.encode(PROMPTS[:1]))
+    context, noise = text_encoder([tokens, mask]), np.asarray(noise_of(np.array([9]), (8, 8, 2)))
+    latents = np.asarray(vae.encode(tf.constant(some_picture()[None] / np.float32(127.5) - 1))[0])
+    x, clean = None, None
+    for t, following in ((0.5, 0.25), (0.25, 0.0)):  # of 1, 0.75, 0.5, 0.25, 0
+        (n, s), (next_n, next_s) = (
+            [np.asarray(r) for r in process.rates(np.float32([u]))] for u in (t, following)
+        )
+        x = s * latents + n * noise if x is None else x
+        clean = s * x - n * np.asarray(unet([tf.constant(x), tf.constant([t]), context, mask]))
+        x = (next_s * clean + next_n * (x - s * clean) / n).astype("float32")
+    expected = np.asarray(to_images(vae.decode(clean.astype("float32")))).astype(int)
+    settings = {"steps": 4, "guidance": 1, "seed": 9, "picture": some_picture(), "strength": 0.5}
+    picture = images(drawn(painter, PROMPTS[:1], **settings))
+    np.testing.assert_allclose(picture, expected, atol=1)
+    assert np.abs(picture - images(drawn(painter, PROMPTS[:1], **settings | {"strength": 1}))).max() > 2
+
+
+def test_an_empty_mask_returns_the_picture(painter):
+    settings = {"picture": some_picture(), "area": np.zeros((16, 16), "float32")}
+    for picture in images(drawn(painter, PROMPTS, seed=4, **settings)):
+        np.testing.assert_array_equal(picture, some_picture())
+
+
+def test_a_full_mask_takes_nothing_of_the_picture(painter):
+    settings = {"picture": some_picture(), "area": np.ones((16, 16), "float32")}
+    pictures = images(drawn(painter, PROMPTS, seed=4, **settings))
+    np.testing.assert_allclose(pictures, images(drawn(painter, PROMPTS, seed=4)), atol=1)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp-2m-sde"])
+def test_what_the_mask_leaves_out_stays_and_the_rest_follows_it(networks, painter, sampler):
+    settings = {"picture": some_picture(), "area": left_half(), "sampler": sampler, "seed": 4}
+    together = images(drawn(painter, PROMPTS, **settings))
+    one_by_one = images(drawn(Painter(networks, 16, batch_size=1), PROMPTS, **settings))
+    np.testing.assert_allclose(together, one_by_one, atol=1)
+    for picture in together:
+        np.testing.assert_array_equal(picture[:, 8:], some_picture()[:, 8:])
+    assert np.abs(together[:, :, :8] - some_picture()[:, :8]).max() > 2
+    # What is drawn anew depends on what stays.
+    other = images(drawn(painter, PROMPTS, **settings | {"picture": some_picture(1)}))
+    assert np.abs(together[:, :, :8] - other[:, :, :8]).max() > 2
+
+
+def test_latents_are_drawn_anew_where_any_of_their_pixels_is():
+    area = np.zeros((4, 6), "float32")
+    area[1, 3], area[2, 0] = 1.0, 0.25
+    expected = [[0, 1, 0], [0.25, 0, 0]]
+    np.testing.assert_array_equal(latent_area(area, 2), np.reshape(expected, (1, 2, 3, 1)).astype("float32"))
+
+
+def test_grey_of_the_mask_mixes():
+    picture, drawing = np.full((1, 3, 3), 100, "uint8"), np.full((2, 1, 3, 3), 200, "uint8")
+    mixed = np.asarray(blended(picture, drawing, np.array([[0.0, 0.25, 1.0]], "float32")))
+    assert mixed.dtype == np.uint8
+    assert mixed[..., 0].tolist() == [[[100, 125, 200]]] * 2
 
 
 # Runs.
@@ -375,6 +469,34 @@ def test_every_picture_is_a_png_that_says_what_it_is(run_path, painter, tmp_path
     assert f"6 pictures and grid.png in {tmp_path / 'a' / 'b'}" in capsys.readouterr().out
 
 
+def test_a_picture_and_its_mask_are_read_as_for_training(run_path, painter, tmp_path):
+    whole, white = some_picture(side=40)[:, 8:32], np.zeros((40, 24), "uint8")  # 24 x 40 pixels
+    white[:20] = 255
+    Image.fromarray(whole).save(tmp_path / "picture.png")
+    Image.fromarray(white).save(tmp_path / "mask.png")
+    settings = {"steps": 4, "guidance": 1.0, "sampler": "ddim", "spacing": "uniform"}
+    files = {"init_image": tmp_path / "picture.png", "mask": tmp_path / "mask.png"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # not that a mask is grey
+        (path,) = write_pictures(run_path, PROMPTS[:1], **settings, **files, out=tmp_path / "masked")
+    (seen,) = read_pictures([tmp_path / "picture.png"], 16, progress=False)
+    with Image.open(path) as file:
+        picture = np.asarray(file)
+        assert file.text["init_image"] == str(files["init_image"])
+        assert (file.text["mask"], file.text["strength"]) == (str(files["mask"]), "1.0")
+    np.testing.assert_array_equal(
+        picture[12:], seen[12:]
+    )  # the mask's edge is as soft as the resize makes it
+    assert np.abs(picture[:6].astype(int) - seen[:6]).max() > 2
+    (path,) = write_pictures(
+        run_path, PROMPTS[:1], **settings, init_image=files["init_image"], out=tmp_path / "i"
+    )
+    (expected,) = images(drawn(painter, PROMPTS[:1], **settings, picture=seen, strength=0.6))
+    with Image.open(path) as file:
+        assert file.text["strength"] == "0.6"
+        np.testing.assert_allclose(np.asarray(file).astype(int), expected, atol=1)
+
+
 def test_a_negative_prompt_and_the_rescaling_are_in_the_file(run_path, painter, tmp_path):
     settings = {"steps": STEPS, "guidance": 3.0, "sampler": "ddim", "spacing": "uniform"}
     with pytest.warns(UserWarning, match="without the word zebra: read as <RARE>"):
@@ -413,6 +535,25 @@ def test_how_pictures_are_drawn_defaults_to_the_runs(run_path, tmp_path):
         ({"guidance": math.nan}, "guidance: received nan"),
         ({"guidance_rescale": 1.2}, "--guidance-rescale: received 1.2, expected 0 to 1"),
         ({"negative": ""}, "--negative: received an empty text, expected words"),
+        ({"strength": 0.5}, "--strength: received 0.5 without --init-image, expected the picture to"),
+        (
+            {"mask": "picture.png"},
+            "--mask: received picture.png without --init-image, expected the picture to",
+        ),
+        (
+            {"init_image": "picture.png", "strength": 1.5},
+            "--strength: received 1.5, expected more than 0 and at",
+        ),
+        (
+            {"init_image": "picture.png", "strength": 0.1, "steps": 4},
+            "--strength: received 0.1 of 4 steps, which is none of them; expected more of either",
+        ),
+        (
+            {"init_image": "picture.png", "mask": "wide.png"},
+            "--mask: received wide.png of 30x20 pixels, expected the 20x20 of --init-image picture.png",
+        ),
+        ({"init_image": "text.png"}, "text.png: cannot be read as a picture"),
+        ({"init_image": "picture.png", "mask": "text.png"}, "text.png: cannot be read as a picture"),
         (
             {"negative": "a leaf", "guidance": 1},
             "--negative: received 'a leaf' with a guidance of 1, which is off",
@@ -423,7 +564,11 @@ def test_how_pictures_are_drawn_defaults_to_the_runs(run_path, tmp_path):
         ({"run": "absent"}, "absent: received a folder without config.json"),
     ],
 )
-def test_a_refused_request_writes_nothing(run_path, tmp_path, request_, line):
+def test_a_refused_request_writes_nothing(run_path, tmp_path, monkeypatch, request_, line):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (20, 20)).save("picture.png")
+    Image.new("L", (30, 20)).save("wide.png")
+    (tmp_path / "text.png").write_text("no picture")
     request = {"run": run_path, "prompt": ("one red flower",), "out": tmp_path / "out", **request_}
     with pytest.raises(InputError) as refusal:
         write_pictures(**request)
