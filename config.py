@@ -64,9 +64,18 @@ class UNetConfig:
 class DiffusionConfig:
     """The process (`diffusion.schedule`) and what the U-Net predicts."""
 
-    target: str = "velocity"  # noise, image or velocity
+    # what the U-Net predicts: noise, image, velocity, flow or edm; not every schedule can express each
+    target: str = "velocity"
     max_signal_rate: float = 0.95  # signal rate at time 0 of the cosine schedule
-    min_signal_rate: float = 0.02  # signal rate at time 1
+    min_signal_rate: float = 0.02  # signal rate at time 1 of the cosine schedule
+    # signal and noise at each time: cosine (by angles), cosine-squared, linear, scaled-linear, sigmoid, flow or edm
+    schedule: str = "cosine"
+    # leave no signal at time 1; for the schedules of 1,000 steps, cosine-squared, linear, scaled-linear and sigmoid
+    zero_terminal_snr: bool = False
+    shift: float = 1.0  # factor of the noise-to-signal ratio at the times of flow; above 1 for large pictures
+    weight: str = "none"  # how errors count at each time: none, min-snr or edm
+    snr_cap: float = 5.0  # largest signal-to-noise ratio that the weight min-snr counts
+    loss: str = "mse"  # of a prediction: mse, mae or huber
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,9 @@ class EvaluationConfig:
     weights: str | None = None  # local file of the feature network's weights
     images: int = 256  # pictures drawn each time KID is measured
     every: int = 11  # epochs between two measurements; the first and the last are measured anyway
+    # how pictures are drawn: ddpm, ddim, euler, euler-ancestral, heun, dpmpp-2m, dpmpp-2m-sde, unipc or pndm
+    sampler: str = "ddim"
+    spacing: str = "uniform"  # of the sampler's times: uniform, leading, trailing, karras or logsnr-uniform
     steps: int = 20  # sampler steps
     guidance: float = 4.0  # strength of classifier-free guidance; 1 is off
     guidance_interval: tuple[float, float] = (0.3, 0.7)  # least and most diffusion time to guide at
@@ -156,6 +168,21 @@ FEWEST_FOR_KID = 3  # pictures on either side, for its estimate and its interval
 LARGEST_VIEW = 1024  # side at which a feature network sees pictures: far beyond what any was trained on
 LARGEST_RESIZE = 4  # factor before the random crop
 START_ONLY = ("run", "gpus")  # what may differ from one start of a run to the next
+
+# The names that `diffusion` knows, here too so that a wrong one is refused before TensorFlow is imported. A learned
+# weight, "uncertainty", needs an output of the network that `trainer` does not have.
+GRIDS = ("cosine-squared", "linear", "scaled-linear", "sigmoid")  # schedules of 1,000 steps
+SCHEDULES = ("cosine", *GRIDS, "flow", "edm")
+TARGETS = ("noise", "image", "velocity", "flow", "edm")
+WEIGHTS = ("none", "min-snr", "edm")
+LOSSES = ("mse", "mae", "huber")
+TIMES = ("uniform", "logit_normal", "log_normal", "mixed")
+SAMPLERS = ("ddpm", "ddim", "euler", "euler-ancestral", "heun", "dpmpp-2m", "dpmpp-2m-sde", "unipc", "pndm")
+SPACINGS = ("uniform", "leading", "trailing", "karras", "logsnr-uniform")
+GRID_STEPS = (
+    1000  # most steps of the spacings leading and trailing, which take them from the discrete chain's
+)
+PROCESS_RANGE = (1e-3, 1e3)  # of the shift and the SNR's cap
 
 PHOTOGRAPHS = AugmentationConfig(resize_min=1.0, resize_max=1.15, brightness=0.1, contrast=0.1)
 
@@ -334,7 +361,10 @@ def check(config: Config) -> None:
     for name, value, known in _choices(config):
         if value not in known:
             raise InputError(f"--{name}: received {value!r}, expected one of {', '.join(map(str, known))}")
-    _check_rates(config.diffusion)
+    _check_process(config.diffusion)
+    check_sampling(
+        "--evaluation.", config.evaluation.sampler, config.evaluation.spacing, config.evaluation.steps
+    )
     if not re.fullmatch(r"all|none|\d+(,\d+)*", config.gpus):
         raise InputError(f"--gpus: received {config.gpus!r}, expected all, none, or indices such as 0,2")
     if config.train_vae is False and config.vae_from is None:
@@ -350,6 +380,21 @@ def check_interval(name, interval) -> None:
     if not 0 <= interval[0] < interval[1] <= 1:
         raise InputError(
             f"{name}: received {tuple(interval)}, expected the least and the most time, within 0 to 1"
+        )
+
+
+def check_sampling(prefix, sampler, spacing, steps) -> None:
+    """Refuses a sampler and times that cannot be, by the names of their settings with a prefix, such as "--".
+
+    Raises:
+        InputError: an unknown name, or a number of steps that the spacing does not have.
+    """
+    for name, value, known in (("sampler", sampler, SAMPLERS), ("spacing", spacing, SPACINGS)):
+        if value not in known:
+            raise InputError(f"{prefix}{name}: received {value!r}, expected one of {', '.join(known)}")
+    if spacing in ("leading", "trailing") and steps > GRID_STEPS:
+        raise InputError(
+            f"{prefix}steps: received {steps} with {prefix}spacing {spacing}, expected at most {GRID_STEPS}"
         )
 
 
@@ -373,6 +418,8 @@ def _least_values(config):
     yield "vae-training.kl-weight", vae_training.kl_weight, 0
     yield "vae-training.perceptual-weight", vae_training.perceptual_weight, 0
     yield "training.latent-crops", training.latent_crops, 1
+    yield "diffusion.shift", config.diffusion.shift, PROCESS_RANGE[0]
+    yield "diffusion.snr-cap", config.diffusion.snr_cap, PROCESS_RANGE[0]
     yield "evaluation.images", evaluation.images, FEWEST_FOR_KID
     yield "evaluation.size", evaluation.size, 75 if evaluation.network == "inception_v3" else 32
     for name in ("every", "steps", "batch_size", "previews"):
@@ -391,6 +438,8 @@ def _least_values(config):
 def _largest_values(config):
     yield "seed", config.seed, LARGEST_SEED
     yield "evaluation.size", config.evaluation.size, LARGEST_VIEW
+    yield "diffusion.shift", config.diffusion.shift, PROCESS_RANGE[1]
+    yield "diffusion.snr-cap", config.diffusion.snr_cap, PROCESS_RANGE[1]
     yield "augmentation.resize-max", config.augmentation.resize_max, LARGEST_RESIZE
 
 
@@ -406,8 +455,11 @@ def _choices(config):
     yield "vae-training.recon-loss", config.vae_training.recon_loss, ("l1", "mse")
     yield "vae-training.optimizer", config.vae_training.optimizer, ("adamw", "muon")
     yield "training.optimizer", config.training.optimizer, ("adamw", "muon")
-    yield "training.times", config.training.times, ("uniform", "logit_normal", "log_normal", "mixed")
-    yield "diffusion.target", config.diffusion.target, ("noise", "image", "velocity")
+    yield "training.times", config.training.times, TIMES
+    yield "diffusion.target", config.diffusion.target, TARGETS
+    yield "diffusion.schedule", config.diffusion.schedule, SCHEDULES
+    yield "diffusion.weight", config.diffusion.weight, WEIGHTS
+    yield "diffusion.loss", config.diffusion.loss, LOSSES
     yield "vae-training.perceptual-depth", config.vae_training.perceptual_depth, (1, 2, 3, 4, 5)
     yield "evaluation.network", config.evaluation.network, ("efficientnet_lite0", "inception_v3")
 
@@ -457,10 +509,39 @@ def _levels(network):
     return f"{n} level{'s' * (n != 1)}"
 
 
-def _check_rates(diffusion):
+def _check_process(diffusion):
+    """Refuses what each setting allows alone but not together, as `diffusion.schedule.Process` does."""
     least, most = diffusion.min_signal_rate, diffusion.max_signal_rate
     if not 0 < least < most < 1:
         raise InputError(
             f"--diffusion.min-signal-rate and --diffusion.max-signal-rate: received {least} and {most}, "
             "expected 0 < min < max < 1"
         )
+    target, schedule = diffusion.target, diffusion.schedule
+    if diffusion.zero_terminal_snr and schedule not in GRIDS:
+        raise InputError(
+            f"--diffusion.zero-terminal-snr: received with --diffusion.schedule {schedule}, expected with one of "
+            + ", ".join(GRIDS)
+        )
+    if diffusion.shift != 1 and schedule != "flow":
+        raise InputError(
+            f"--diffusion.shift: received {diffusion.shift} with --diffusion.schedule {schedule}, expected 1, or "
+            "--diffusion.schedule flow"
+        )
+    if target == "noise" and (diffusion.zero_terminal_snr or schedule == "flow"):
+        without_signal = "--diffusion.zero-terminal-snr" if schedule in GRIDS else "--diffusion.schedule flow"
+        raise InputError(
+            f"--diffusion.target: received noise with {without_signal}, where time 1 has no signal and its noise "
+            f"tells nothing of the picture; expected one of {', '.join(_without(TARGETS, 'noise', schedule))}"
+        )
+    if target == "velocity" and schedule in ("flow", "edm"):
+        raise InputError(
+            f"--diffusion.target: received velocity with --diffusion.schedule {schedule}, whose rates are on no "
+            f"circle; expected one of {', '.join(_without(TARGETS, 'velocity', schedule))}"
+        )
+
+
+def _without(targets, refused, schedule):
+    """The targets that are left to a schedule that refuses one of them."""
+    also = {"flow": ("noise", "velocity"), "edm": ("velocity",)}.get(schedule, ())
+    return [name for name in targets if name not in (refused, *also)]

@@ -69,11 +69,21 @@ class Generate:
     prompts: str | None = None  # text file with a sentence a line
     count: int = 1  # pictures a sentence
     seed: int = 0  # of a sentence's first picture; the next ones have seed + 1, ...
+    # ddpm, ddim, euler, euler-ancestral, heun, dpmpp-2m, dpmpp-2m-sde, unipc or pndm; None: the run's
+    sampler: str | None = None
+    # of the sampler's times: uniform, leading, trailing, karras or logsnr-uniform; None: the run's
+    spacing: str | None = None
     steps: int | None = None  # sampler steps; None: the run's
     guidance: float | None = None  # strength of guidance, 1 is off; None: the run's
-    guidance_interval: tuple[float, float] | None = (
-        None  # diffusion times to guide at, 0 1 is all; None: the run's
-    )
+    # diffusion times to guide at, 0 1 is all; None: the run's
+    guidance_interval: tuple[float, float] | None = None
+    # share of the contrast that guidance adds to take back, 0 to 1; None: 0
+    guidance_rescale: float | None = None
+    negative: str | None = None  # a sentence that guidance leads away from
+    init_image: str | None = None  # picture file to begin with, instead of noise alone
+    # how far from it, above 0 to 1, which takes none of it; None: 0.6, or 1 with a mask
+    strength: float | None = None
+    mask: str | None = None  # picture file of its size: white is drawn anew, black stays as it is
     batch_size: int = 16  # pictures drawn at once
     out: str = "pictures"  # folder for the PNG files and grid.png
 
@@ -240,7 +250,7 @@ def _generate(options):
 
 
 def _check_request(options):
-    """Refuses what is missing; `generate` checks the rest."""
+    """Refuses what is missing or has no such name; `generate` checks the rest."""
     if not options.prompt and options.prompts is None:
         raise InputError(
             'prompts: received none, expected at least one: --prompt "a sentence", or --prompts FILE'
@@ -249,6 +259,21 @@ def _check_request(options):
         raise InputError(
             f"--prompts: received {options.prompts}, expected a text file in UTF-8 (there is no such file)"
         )
+    for name in ("strength", "mask"):
+        if getattr(options, name) is not None and options.init_image is None:
+            raise InputError(
+                f"--{name}: received {getattr(options, name)} without --init-image, expected the picture to begin with"
+            )
+    for name in ("init_image", "mask"):
+        path = getattr(options, name)
+        if path is not None and not Path(path).is_file():
+            raise InputError(
+                f"--{name.replace('_', '-')}: received {path}, expected a picture file (there is no such file)"
+            )
+    judged = settings.EvaluationConfig
+    settings.check_sampling(
+        "--", options.sampler or judged.sampler, options.spacing or judged.spacing, steps=1
+    )
     if not (Path(options.run) / "config.json").is_file():
         runs = ", ".join(str(file.parent) for file in sorted(Path("runs").glob("*/config.json")))
         raise InputError(

@@ -16,7 +16,7 @@ def follows_captions(painter, captions, seed=0, **settings):
         painter: a `generate.Painter`.
         captions: list of str, in the words of the built-in data.
         seed: of the first picture; the k-th has `seed + k`.
-        settings: steps, guidance and interval.
+        settings: keywords of `generate.Painter.draw`.
 
     Returns:
         dict: the fractions right that `dataset.probe.score` gives, and `n`.

@@ -12,24 +12,25 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 from keras import ops
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 import parallel
 from checkpoint import RunFolder, assign, named_variables
-from config import Config, check_interval, from_dict, part
-from diffusion.guidance import guide
-from diffusion.samplers import ddim
+from config import Config, check_interval, check_sampling, from_dict, part
+from diffusion.guidance import guide, inpaint
+from diffusion.samplers import SAMPLERS, STOCHASTIC
 from diffusion.schedule import Process
-from diffusion.times import sampling_times
+from diffusion.times import last_times, sampling_times
 from errors import InputError
 from files import atomic_file
-from input_pipeline import RARE, Vocabulary
+from input_pipeline import RARE, Vocabulary, read_pictures, to_pixels
 from model.text_encoder import VocabularyEncoder
 from model.unet import UNet
 from model.vae import AutoencoderKL
 
 ALWAYS = (0.0, 1.0)  # the interval of all diffusion times
+STRENGTH = 0.6  # of drawing from a picture, where none is given: its layout stays, its details change
 NOISE_KEY = 0x6E6F6973  # tells the noise of pictures from every other stateless draw
 
 
@@ -89,8 +90,16 @@ def load(path) -> tuple[Networks, Config]:
     return Networks(vae, text_encoder, unet, Process(**part(config.diffusion)), vocabulary), config
 
 
+def drawing(config: Config, **given) -> dict:
+    """How a run draws, as keywords of `Painter.draw`: its own settings, but for those that are given and not None."""
+    judged = config.evaluation
+    own = {name: getattr(judged, name) for name in ("steps", "guidance", "sampler", "spacing")}
+    own["interval"] = judged.guidance_interval
+    return own | {name: value for name, value in given.items() if value is not None}
+
+
 class Painter:
-    """Draws pictures with networks in memory; the sampler is compiled once, at its first use.
+    """Draws pictures with networks in memory; each sampler is compiled once, at its first use.
 
     Args:
         networks: see `Networks`.
@@ -101,20 +110,36 @@ class Painter:
     def __init__(self, networks, image_size, batch_size=16):
         self.networks, self.batch_size = networks, batch_size
         self.image_size, self.latent_shape = image_size, networks.vae.latent_shape(image_size)
-        # One trace serves every batch size and number of steps.
         length = networks.vocabulary.length
-        signature = [
-            tf.TensorSpec([None, length], tf.int32),
-            tf.TensorSpec([None, length], tf.bool),
+        text = [tf.TensorSpec([None, length], tf.int32), tf.TensorSpec([None, length], tf.bool)]
+        self._signature = [
+            *(text + text),
             tf.TensorSpec([None], tf.int64),
             tf.TensorSpec([None], tf.float32),
             tf.TensorSpec([], tf.float32),
             tf.TensorSpec([2], tf.float32),
+            tf.TensorSpec([], tf.float32),
         ]
-        self._plain = tf.function(functools.partial(self._draw, guided=False), input_signature=signature)
-        self._guided = tf.function(functools.partial(self._draw, guided=True), input_signature=signature)
+        self._picture = tf.TensorSpec([image_size, image_size, 3], tf.uint8)
+        self._area = tf.TensorSpec([image_size, image_size], tf.float32)
+        self._compiled = {}
 
-    def draw(self, tokens, seeds, steps=20, guidance=2.5, interval=ALWAYS, progress=None):
+    def draw(
+        self,
+        tokens,
+        seeds,
+        steps=20,
+        guidance=2.5,
+        interval=ALWAYS,
+        progress=None,
+        sampler="ddim",
+        spacing="uniform",
+        negative=None,
+        rescale=0.0,
+        picture=None,
+        strength=1.0,
+        area=None,
+    ):
         """Draws one picture a row, lazily.
 
         Args:
@@ -124,53 +149,118 @@ class Painter:
             guidance: strength of classifier-free guidance; 1 is off.
             interval: (least, most) diffusion time to guide at.
             progress: a label for a progress bar, or None.
+            sampler: one of `diffusion.samplers.SAMPLERS`.
+            spacing: of its times, see `diffusion.times.sampling_times`.
+            negative: int32 (T,), what guidance leads away from; None is the empty text.
+            rescale: share of the spread that guidance adds which is taken back, see `diffusion.guidance.guide`.
+            picture: uint8 (H, W, 3), that drawing begins with, or None.
+            strength: share of the steps that are made, from the picture with the noise of the first of them; 1 begins
+                with noise alone.
+            area: float32 (H, W), how much of each pixel of the picture is drawn anew, 0 to 1; None is all of it.
 
         Yields:
             uint8 (H, W, 3), N of them.
         """
         tokens, seeds = np.asarray(tokens, "int32"), np.asarray(seeds, "int64")
-        times = sampling_times(self.networks.process, steps)
+        times = last_times(sampling_times(self.networks.process, steps, spacing), strength)
+        vocabulary = self.networks.vocabulary
+        other = np.broadcast_to(vocabulary.empty() if negative is None else negative, tokens.shape)
+        begun, masked = picture is not None and strength < 1, area is not None
+        draw = self.compiled(sampler, guidance != 1, rescale != 0, begun, masked)
+        settings = [times, guidance, interval, rescale, *[picture] * (begun or masked), *[area] * masked]
         silent = None if progress else True  # None: silent where standard error is no terminal
         with tqdm(total=len(tokens), desc=progress, unit="picture", leave=False, disable=silent) as bar:
             for start in range(0, len(tokens), self.batch_size):
                 rows = slice(start, start + self.batch_size)
-                mask = self.networks.vocabulary.mask(tokens[rows])
-                draw = self._plain if guidance == 1 else self._guided
-                inputs = tokens[rows], mask, seeds[rows], times, guidance, interval
-                yield from np.asarray(draw(*inputs))
+                text = [part for own in (tokens[rows], other[rows]) for part in (own, vocabulary.mask(own))]
+                yield from np.asarray(draw(*text, seeds[rows], *settings))
                 bar.update(len(tokens[rows]))
 
-    def _draw(self, tokens, mask, seeds, *settings, guided):
-        def draw(tokens, mask, seeds):
-            return self._draw_part(tokens, mask, seeds, *settings, guided)
+    def compiled(self, sampler, guided, rescaled=False, begun=False, masked=False):
+        """The drawing of a batch as one `tf.function`, which serves every batch size and number of steps."""
+        kind = sampler, guided, rescaled, begun, masked
+        if kind not in self._compiled:
+            draw = functools.partial(
+                self._draw, sampler=sampler, guided=guided, rescaled=rescaled, begun=begun
+            )
+            more = [self._picture] * (begun or masked) + [self._area] * masked
+            self._compiled[kind] = tf.function(draw, input_signature=self._signature + more)
+        return self._compiled[kind]
 
-        return parallel.joined(draw, [tokens, mask, seeds], [self.image_size, self.image_size, 3], "uint8")
+    def _draw(self, tokens, mask, other, other_mask, seeds, *settings, **kind):
+        def draw(*rows):
+            return self._draw_part(*rows, *settings, **kind)
 
-    def _draw_part(self, tokens, mask, seeds, times, guidance, interval, guided):
-        vae, text_encoder, unet, process, vocabulary = self.networks
+        rows = [tokens, mask, other, other_mask, seeds]
+        return parallel.joined(draw, rows, [self.image_size, self.image_size, 3], "uint8")
+
+    def _draw_part(
+        self,
+        tokens,
+        mask,
+        other,
+        other_mask,
+        seeds,
+        times,
+        guidance,
+        interval,
+        rescale,
+        picture=None,
+        area=None,
+        *,
+        sampler,
+        guided,
+        rescaled,
+        begun=False,
+    ):
+        vae, text_encoder, unet, process, _ = self.networks
         context = text_encoder([tokens, mask])
         if guided:
-            empty = ops.broadcast_to(vocabulary.empty()[None], ops.shape(tokens))
-            empty_mask = ops.broadcast_to(vocabulary.mask(vocabulary.empty())[None], ops.shape(mask))
-            context = ops.concatenate([context, text_encoder([empty, empty_mask])], axis=0)
-            mask = ops.concatenate([mask, empty_mask], axis=0)
+            context = ops.concatenate([context, text_encoder([other, other_mask])], axis=0)
+            mask = ops.concatenate([mask, other_mask], axis=0)
 
         def denoise(x, t):
             t = ops.broadcast_to(t, ops.shape(x)[:1])
-            return process.denoised(unet([x, t, context, mask]), x, t)
+            return process.denoised(unet([process.scaled(x, t), t, context, mask]), x, t)
 
-        noise = noise_of(seeds, self.latent_shape)
+        def step_noise(k):
+            return noise_of(seeds, self.latent_shape, k + 1)
+
+        known = None if picture is None else vae.encode(to_pixels(picture)[None])[0]
+        noise = process.start(noise_of(seeds, self.latent_shape), times[0], known if begun else None)
         if guided:
-            denoise = guide(denoise, guidance, interval=tf.unstack(interval))
-        latents = ddim(denoise, noise, times, process.rates)
-        return to_images(vae.decode(latents))
+            denoise = guide(denoise, guidance, rescale if rescaled else 0.0, tf.unstack(interval))
+        if area is not None:
+            denoise = inpaint(denoise, known, latent_area(area, vae.factor))
+        if sampler in STOCHASTIC:
+            draw = functools.partial(SAMPLERS[sampler], step_noise=step_noise)
+        else:
+            draw = SAMPLERS[sampler]
+        latents = draw(denoise, noise, times, process.rates)
+        images = to_images(vae.decode(latents))
+        return images if area is None else blended(picture, images, area)
 
 
-def noise_of(seeds, shape):
-    """Standard normal noise (B, *shape), each sample from its own seed; seeds int64 (B,)."""
+def latent_area(area, factor):
+    """The area (H, W) to draw anew, 0 to 1, as that of latents, (1, h, w, 1): the most of each one's pixels."""
+    return ops.max_pool(area[None, ..., None], factor, strides=factor)
+
+
+def blended(picture, images, area):
+    """The picture (H, W, 3) with each of the images (B, H, W, 3) in its place, as far as the area (H, W) says."""
+    area, picture, images = area[..., None], ops.cast(picture, "float32"), ops.cast(images, "float32")
+    return ops.cast(ops.round(picture + area * (images - picture)), "uint8")
+
+
+def noise_of(seeds, shape, number=0):
+    """Standard normal noise (B, *shape), each sample from its own seed; seeds int64 (B,).
+
+    The number is 0 for the noise that a picture starts from, and k + 1 for what its sampler's step k draws anew.
+    """
+    own_key = NOISE_KEY + tf.cast(number, tf.int64) * 2**32
 
     def one(seed):
-        return tf.random.stateless_normal(shape, tf.stack([seed, tf.constant(NOISE_KEY, tf.int64)]))
+        return tf.random.stateless_normal(shape, tf.stack([seed, own_key]))
 
     return tf.map_fn(one, tf.cast(seeds, tf.int64), fn_output_signature=tf.TensorSpec(shape, tf.float32))
 
@@ -180,31 +270,50 @@ def to_images(pixels):
     return ops.cast(ops.round(ops.clip(ops.cast(pixels, "float32") * 127.5 + 127.5, 0.0, 255.0)), "uint8")
 
 
-def generate(painter, prompts, count=1, seed=0, steps=20, guidance=2.5, interval=ALWAYS, progress=None):
+def generate(painter, prompts, count=1, seed=0, progress=None, negative=None, **settings):
     """Draws `count` pictures of every prompt, lazily; picture k of a prompt has the seed `seed + k`.
 
     Args:
         painter: a `Painter`.
         prompts: list of str.
         count: pictures a prompt.
-        seed, steps, guidance, interval, progress: see `Painter.draw`.
+        seed, progress: of the first picture of a prompt, and a label for a progress bar, or None.
+        negative: a str, what guidance leads away from, or None.
+        settings: more keywords of `Painter.draw`.
 
     Yields:
         Picture.
 
     Raises:
-        InputError: no prompt, an empty one, or a count, a seed, a number of steps or a guidance that cannot be.
+        InputError: no prompt, an empty one, or a count, a seed or a setting that cannot be.
     """
-    _check_request(prompts, count, seed, steps, guidance)
-    check_interval("interval", interval)
+    _check_request(prompts, count, seed, negative=negative, **settings)
     tokens, _ = painter.networks.vocabulary.encode(prompts)
+    if negative is not None:
+        settings["negative"] = painter.networks.vocabulary.encode([negative])[0][0]
     seeds = np.tile(seed + np.arange(count), len(prompts))
-    images = painter.draw(np.repeat(tokens, count, axis=0), seeds, steps, guidance, interval, progress)
+    images = painter.draw(np.repeat(tokens, count, axis=0), seeds, progress=progress, **settings)
     for index, image in enumerate(images):
         yield Picture(image, prompts[index // count], int(seeds[index]))
 
 
-def _check_request(prompts, count, seed, steps, guidance):
+def _check_request(
+    prompts,
+    count,
+    seed,
+    steps=20,
+    guidance=2.5,
+    interval=ALWAYS,
+    sampler="ddim",
+    spacing="uniform",
+    negative=None,
+    rescale=0.0,
+    picture=None,
+    strength=1.0,
+    area=None,
+    flag="",
+):
+    """Refuses what cannot be drawn; `flag` goes before the names of settings in the message: "--", or nothing."""
     if not prompts:
         raise InputError("prompts: received none, expected at least one")
     for row, prompt in enumerate(prompts):
@@ -218,6 +327,28 @@ def _check_request(prompts, count, seed, steps, guidance):
         raise InputError(f"steps: received {steps}, expected at least 1")
     if not np.isfinite(guidance):
         raise InputError(f"guidance: received {guidance}, expected a finite number")
+    check_sampling(flag, sampler, spacing, steps)
+    check_interval("--guidance-interval" if flag else "interval", interval)
+    if not 0 <= rescale <= 1:
+        name = "--guidance-rescale" if flag else "rescale"
+        raise InputError(f"{name}: received {rescale}, expected 0 to 1")
+    if not 0 < strength <= 1:
+        raise InputError(f"{flag}strength: received {strength}, expected more than 0 and at most 1")
+    if not round(strength * steps):
+        raise InputError(
+            f"{flag}strength: received {strength} of {steps} steps, which is none of them; expected more of either"
+        )
+    if picture is None and (strength != 1 or area is not None):
+        raise InputError(
+            f"{'strength' if area is None else 'area'}: received without a picture to begin with, expected one"
+        )
+    if negative is not None and not negative.strip():
+        raise InputError(f"{flag}negative: received an empty text, expected words")
+    if negative is not None and guidance == 1:
+        raise InputError(
+            f"{flag}negative: received {negative!r} with a guidance of 1, which is off and leads away from nothing; "
+            "expected another guidance"
+        )
 
 
 def write_pictures(
@@ -226,9 +357,16 @@ def write_pictures(
     prompts=None,
     count=1,
     seed=0,
+    sampler=None,
+    spacing=None,
     steps=None,
     guidance=None,
     guidance_interval=None,
+    guidance_rescale=None,
+    negative=None,
+    init_image=None,
+    strength=None,
+    mask=None,
     batch_size=16,
     out="pictures",
 ):
@@ -239,8 +377,12 @@ def write_pictures(
         prompt: sentences.
         prompts: a text file with a sentence a line, or None.
         count, seed: see `generate`.
-        steps, guidance, guidance_interval: sampler steps, strength of guidance and the times it acts at; None takes
-            the run's.
+        sampler, spacing, steps, guidance, guidance_interval: the sampler, its times and their number, the strength of
+            guidance and the times it acts at; None takes the run's.
+        guidance_rescale: see `Painter.draw`; None is 0.
+        negative: a sentence that guidance leads away from, or None.
+        init_image, mask: picture files, see `begun_with`, or None.
+        strength: see `Painter.draw`; None is 1 with a mask, `STRENGTH` without.
         batch_size: pictures drawn at once.
         out: folder for the files; it is made.
 
@@ -248,18 +390,18 @@ def write_pictures(
         The paths of the PNG files, without the grid's.
 
     Raises:
-        InputError: see `load` and `generate`; or `prompts` cannot be read, or `out` not written.
+        InputError: see `load`, `begun_with` and `generate`; or `prompts` cannot be read, or `out` not written.
     """
     if batch_size < 1:
         raise InputError(f"--batch-size: received {batch_size}, expected at least 1")
     texts = [*prompt, *(_read_prompts(prompts) if prompts else ())]
     networks, config = load(run)
-    steps = config.evaluation.steps if steps is None else steps
-    guidance = config.evaluation.guidance if guidance is None else guidance
-    interval = config.evaluation.guidance_interval if guidance_interval is None else guidance_interval
-    _check_request(texts, count, seed, steps, guidance)
-    check_interval("--guidance-interval", interval)
-    unknown = networks.vocabulary.unknown(texts)
+    settings = {"sampler": sampler, "spacing": spacing, "steps": steps, "guidance": guidance}
+    settings |= {"interval": guidance_interval, "rescale": guidance_rescale, "negative": negative}
+    settings = drawing(config, **settings)
+    settings |= begun_with(init_image, mask, strength, config.image_size)
+    _check_request(texts, count, seed, **settings, flag="--")
+    unknown = networks.vocabulary.unknown(texts if negative is None else [*texts, negative])
     if unknown:
         warnings.warn(
             f"{run} was trained without the word{'s' * (len(unknown) != 1)} {', '.join(unknown)}: "
@@ -270,10 +412,10 @@ def write_pictures(
     folder, pictures, paths = Path(out), [], []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        drawn = {"steps": steps, "guidance": guidance}
-        for picture in generate(painter, texts, count, seed, interval=interval, progress="drawing", **drawn):
+        for picture in generate(painter, texts, count, seed, progress="drawing", **settings):
             paths.append(folder / f"{len(pictures):04d}.png")
-            save_png(picture, paths[-1], **drawn, guidance_interval=tuple(interval), run=run)
+            files = {"init_image": init_image, "mask": mask}
+            save_png(picture, paths[-1], **_written(settings, **files), run=run)
             pictures.append(picture)
         grid = captioned_grid(
             [picture.image for picture in pictures], [picture.prompt for picture in pictures]
@@ -286,6 +428,54 @@ def write_pictures(
         ) from error
     print(f"{len(paths)} picture{'s' * (len(paths) != 1)} and grid.png in {folder}")
     return paths
+
+
+def begun_with(init_image, mask, strength, image_size):
+    """What drawing begins with, as keywords of `Painter.draw`: none, or a picture, a strength and perhaps an area.
+
+    Args:
+        init_image: a picture file, resized and cut as for training, or None.
+        mask: a picture file of its size, whose white is drawn anew, whose black stays as it is and whose grey is mixed;
+            or None.
+        strength: see `Painter.draw`, or None.
+        image_size: side of the pictures in pixels.
+
+    Raises:
+        InputError: a file that is no picture, a mask of another size, or a mask or strength without a picture.
+    """
+    if init_image is None:
+        for flag, value in (("--mask", mask), ("--strength", strength)):
+            if value is not None:
+                raise InputError(
+                    f"{flag}: received {value} without --init-image, expected the picture to begin with"
+                )
+        return {}
+    begun = {"picture": read_pictures([init_image], image_size, progress=False)[0]}
+    if mask is None:
+        return begun | {"strength": STRENGTH if strength is None else strength}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is grey, as masks are
+        white = read_pictures([mask], image_size, progress=False)[0].mean(axis=-1, dtype="float32") / 255.0
+    expected, received = _size(init_image), _size(mask)
+    if expected != received:
+        raise InputError(
+            f"--mask: received {mask} of {received} pixels, expected the {expected} of --init-image {init_image}"
+        )
+    return begun | {"strength": 1.0 if strength is None else strength, "area": white}
+
+
+def _size(path):
+    with Image.open(path) as image:
+        return "x".join(map(str, ImageOps.exif_transpose(image).size))
+
+
+def _written(settings, **files):
+    """Keywords of `Painter.draw` by the names of their flags, as a PNG keeps them; pictures by the names of `files`."""
+    flags = {"interval": "guidance_interval", "rescale": "guidance_rescale"}
+    settings = {
+        flags.get(name, name): value for name, value in settings.items() if name not in ("picture", "area")
+    }
+    return settings | {name: path for name, path in files.items() if path is not None}
 
 
 def _read_prompts(path):

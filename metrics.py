@@ -37,6 +37,7 @@ class Protocol:
     n_real: int
     n_generated: int
     sampler: str
+    spacing: str  # of the sampler's times
     steps: int
     guidance: float
     guidance_from: float  # least diffusion time of guidance

@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras import ops
 
 import parallel
-from diffusion.targets import diffuse, target_of
+from diffusion.targets import diffuse
 from generate import Networks, Painter, captioned_grid, to_images
 from metrics import KID
 from model.vae import kl_divergence, sample_posterior
@@ -172,7 +172,7 @@ class LatentDiffusionTrainer(_Trainer):
         kid_images: uint8 (N, H, W, 3), the real pictures for it, measured when first needed; None where its
             real features are set.
         kid_tokens: int32 (M, T), the captions drawn for it.
-        draw: keywords of `Painter.draw`: steps, guidance and interval of previews and validation.
+        draw: keywords of `Painter.draw` for previews and validation, such as `generate.drawing` gives.
         draw_batch: pictures drawn at once.
         micro_batches: see `_Trainer`.
 
@@ -223,17 +223,15 @@ class LatentDiffusionTrainer(_Trainer):
         return self.unet(inputs, training=training)
 
     def sample_losses(self, batch, training):
-        """The loss of each sample, (B,): mean squared error of the target."""
+        """The loss of each sample, (B,): its error in the process' target, as the process weighs and measures it."""
         latents, noise, times = batch["latents"], batch["noise"], batch["diffusion_times"]
-        noise_rates, signal_rates = self.diffusion_schedule(times)
-        noisy = diffuse(latents, noise, noise_rates, signal_rates)
+        noisy = self.process.scaled(diffuse(latents, noise, *self.diffusion_schedule(times)), times)
         if self.train_text_encoder:
             context = self.text_encoder([batch["tokens"], batch["mask"]], training=training)
         else:
             context = batch["context"]
         prediction = self.unet([noisy, times, context, batch["mask"]], training=training)
-        target = target_of(self.process.target, latents, noise, noise_rates, signal_rates)
-        return {"loss": ops.mean(ops.square(prediction - target), axis=(1, 2, 3))}
+        return {"loss": self.process.losses(prediction, latents, noise, times)}
 
     def after_step(self):
         """Moves the averaged networks towards the trained ones."""
@@ -271,7 +269,7 @@ class LatentDiffusionTrainer(_Trainer):
         Args:
             tokens: int32 (N, T).
             seeds: N whole numbers; default 0 to N - 1.
-            settings: steps, guidance and interval, where they differ from the trainer's.
+            settings: keywords of `Painter.draw`, where they differ from the trainer's.
 
         Returns:
             uint8 (N, H, W, 3).

@@ -14,11 +14,12 @@ import numpy as np
 import pandas as pd
 import tyro
 
+from config import check_sampling
 from dataset.paper_flowers import HELD_OUT_PAIRS, captions, sample_flower
 from errors import InputError
 from evaluate import follows_captions
 from files import atomic_file
-from generate import Painter, load
+from generate import Painter, drawing, load
 from input_pipeline import load_data, read_pictures
 from metrics import psnr
 from trainer import reconstruct
@@ -66,11 +67,8 @@ def measure(options):
             f"--run: received {options.run}, whose data {config.data} are no paper flowers: they have no "
             "attributes.csv or no test captions; expected a run on data that `python cup3.py data` drew"
         )
-    settings = {
-        "steps": config.evaluation.steps if options.steps is None else options.steps,
-        "guidance": config.evaluation.guidance if options.guidance is None else options.guidance,
-        "interval": config.evaluation.guidance_interval,
-    }
+    settings = drawing(config, steps=options.steps, guidance=options.guidance)
+    check_sampling("--", settings["sampler"], settings["spacing"], settings["steps"])
     painter = Painter(networks, config.image_size, config.evaluation.batch_size)
     tests = networks.vocabulary.decode(data.test_tokens[: options.count])
     pictures = test_pictures(Path(config.data), config.image_size)

@@ -47,7 +47,7 @@ def _guided(both, guidance, rescale, interval):
         if interval is not None:
             strength = ops.where(ops.logical_and(t >= interval[0], t <= interval[1]), guidance, 1.0)
         guided = other + strength * (wanted - other)
-        if not rescale:
+        if isinstance(rescale, (int, float)) and not rescale:
             return guided
         ratio = ops.std(wanted, axis=AXES, keepdims=True) / ops.std(guided, axis=AXES, keepdims=True)
         return guided * (rescale * ratio + (1.0 - rescale))

@@ -171,6 +171,9 @@ SAMPLERS = {
     "pndm": pndm,
 }
 
+# Those that ask for `step_noise`.
+STOCHASTIC = tuple(name for name, own in SAMPLERS.items() if getattr(own, "keywords", {}).get("eta"))
+
 
 def sampler(name):
     """The sampler of that name; raises ValueError where it is not in `SAMPLERS`."""

@@ -13,7 +13,7 @@ from diffusion.schedule import Process
 from diffusion.times import training_times
 from errors import InputError
 from files import fingerprint
-from generate import Networks, make_diffusion
+from generate import Networks, drawing, make_diffusion
 from metrics import Protocol
 from stages.fitting import fit, optimizer_of, steps_an_epoch
 from trainer import KID, LatentDiffusionTrainer
@@ -106,7 +106,7 @@ def _trainer(config, data, vae, features, text):
         kid=KID(features),
         kid_images=data.whole(data.validation_ids, config.image_size),
         kid_tokens=data.validation_tokens[: judge.images],
-        draw={"steps": judge.steps, "guidance": judge.guidance, "interval": judge.guidance_interval},
+        draw=drawing(config),
         draw_batch=judge.batch_size,
         micro_batches=config.training.micro_batches,
     )
@@ -138,7 +138,8 @@ def _protocol(config, trainer, data):
         **trainer.kid_metric.feature_network.protocol,
         n_real=len(data.validation_ids),
         n_generated=len(trainer.kid_tokens),
-        sampler="ddim",
+        sampler=config.evaluation.sampler,
+        spacing=config.evaluation.spacing,
         steps=config.evaluation.steps,
         guidance=config.evaluation.guidance,
         guidance_from=config.evaluation.guidance_interval[0],

@@ -66,14 +66,14 @@ TOY_TEXTS = ("one red flower", "a blue flower with a yellow center", "two green 
 def toy_networks():
     """A function of a seed: the smallest `Networks`, none of whose weights is zero, for pictures of 16 px."""
 
-    def make(seed=0, target="velocity"):
+    def make(seed=0, target="velocity", **process):
         keras.utils.set_random_seed(seed)
         vocabulary = Vocabulary.from_texts(TOY_TEXTS, length=7)
         vae = AutoencoderKL((4, 4), blocks=(0, 0), latent_channels=2, groups=2, attention=False)
         text_encoder = VocabularyEncoder(vocabulary.size, vocabulary.length, width=8, layers=1, heads=2)
         shape = {"head_channels": 4, "groups": 4, "ff_expansion": 1}
         unet = UNet(2, (8,), (True,), blocks=0, context_shape=text_encoder.context_shape, **shape)
-        process = Process(target, max_signal_rate=0.95, min_signal_rate=0.02)
+        process = Process(target, max_signal_rate=0.95, min_signal_rate=0.02, **process)
         rng = np.random.default_rng(seed)
         for weight in vae.weights + text_encoder.weights + unet.weights:
             weight.assign_add(rng.uniform(0.05, 0.2, weight.shape))

@@ -38,6 +38,7 @@ def test_the_figures_are_those_of_the_runs_pictures(finished, flowers, tmp_path,
     assert figures == json.loads(capsys.readouterr().out)
     data = load_data(flowers)
     settings = {"steps": 1, "guidance": 0.0, "interval": (0.3, 0.7)}
+    settings |= {"sampler": "dpmpp-2m", "spacing": "trailing"}
     assert asked[0] == (data.vocabulary.decode(data.test_tokens[:5]), 1000, settings)
     held_out = [paper_flowers.HELD_OUT_PAIRS & pairs_of(caption) for caption in asked[1][0]]
     assert len(held_out) == 5 and all(held_out)
@@ -61,6 +62,7 @@ def test_the_runs_own_settings_are_taken_where_none_is_given(finished, monkeypat
     )
     assert main(Options(run=str(finished[0]), count=3)) == 0
     assert [(settings["steps"], settings["guidance"]) for settings in seen] == [(2, 2.0)] * 2
+    assert [(settings["sampler"], settings["spacing"]) for settings in seen] == [("dpmpp-2m", "trailing")] * 2
 
 
 def drawn(tokens):
@@ -81,6 +83,11 @@ def drawn(tokens):
 )
 def test_what_cannot_be_measured_is_refused(capsys, options, line):
     assert refusal(capsys, **options) == line
+
+
+def test_more_steps_than_the_spacing_of_the_run_has_are_refused(finished, capsys):
+    line = "--steps: received 1001 with --spacing trailing, expected at most 1000"
+    assert refusal(capsys, run=str(finished[0]), steps=1001) == line
 
 
 def test_a_run_on_other_data_is_refused(finished, photographs, tmp_path, capsys):

@@ -1,6 +1,8 @@
 """A config survives the way to disk and back, and what cannot work is refused by name."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
 
@@ -8,6 +10,7 @@ import pytest
 
 import config as settings
 from config import PRESETS, Config, check, from_dict, light, part, preset, to_dict
+from diffusion import samplers, schedule, targets, times
 from errors import InputError
 
 SEVEN = ["paper-flowers", "cup3", "coco", "flickr8k", "afhq", "afhq-text", "ffhq-vae"]
@@ -157,6 +160,8 @@ TOO_SMALL = [  # setting, value, the least that works
     ("vae-training.batch-size", 0, 1),
     ("vae-training.kl-weight", -1.0, 0),
     ("vae-training.perceptual-weight", -1.0, 0),
+    ("diffusion.shift", 0.0, 0.001),
+    ("diffusion.snr-cap", -5.0, 0.001),
     ("evaluation.images", 2, 3),
     ("evaluation.every", 0, 1),
     ("evaluation.steps", 0, 1),
@@ -263,8 +268,61 @@ REFUSED = [
         "--vae-training.perceptual-depth: received 6, expected one of 1, 2, 3, 4, 5",
     ),
     (
-        {"diffusion__target": "flow"},
-        "--diffusion.target: received 'flow', expected one of noise, image, velocity",
+        {"diffusion__target": "score"},
+        "--diffusion.target: received 'score', expected one of noise, image, velocity, flow, edm",
+    ),
+    (
+        {"diffusion__schedule": "Linear"},
+        "--diffusion.schedule: received 'Linear', expected one of cosine, cosine-squared, linear, scaled-linear, "
+        "sigmoid, flow, edm",
+    ),
+    (
+        {"diffusion__weight": "uncertainty"},
+        "--diffusion.weight: received 'uncertainty', expected one of none, min-snr, edm",
+    ),
+    (
+        {"evaluation__sampler": "DDIM"},
+        "--evaluation.sampler: received 'DDIM', expected one of ddpm, ddim, euler, euler-ancestral, heun, dpmpp-2m, "
+        "dpmpp-2m-sde, unipc, pndm",
+    ),
+    (
+        {"evaluation__spacing": "linspace"},
+        "--evaluation.spacing: received 'linspace', expected one of uniform, leading, trailing, karras, "
+        "logsnr-uniform",
+    ),
+    (
+        {"evaluation__spacing": "trailing", "evaluation__steps": 1001},
+        "--evaluation.steps: received 1001 with --evaluation.spacing trailing, expected at most 1000",
+    ),
+    ({"diffusion__loss": "l1"}, "--diffusion.loss: received 'l1', expected one of mse, mae, huber"),
+    ({"diffusion__snr_cap": 1001.0}, "--diffusion.snr-cap: received 1001.0, expected at most 1000.0"),
+    (
+        {"diffusion__zero_terminal_snr": True},
+        "--diffusion.zero-terminal-snr: received with --diffusion.schedule cosine, expected with one of "
+        "cosine-squared, linear, scaled-linear, sigmoid",
+    ),
+    (
+        {"diffusion__schedule": "linear", "diffusion__shift": 3.0},
+        "--diffusion.shift: received 3.0 with --diffusion.schedule linear, expected 1, or --diffusion.schedule flow",
+    ),
+    (
+        {
+            "diffusion__schedule": "linear",
+            "diffusion__zero_terminal_snr": True,
+            "diffusion__target": "noise",
+        },
+        "--diffusion.target: received noise with --diffusion.zero-terminal-snr, where time 1 has no signal and its "
+        "noise tells nothing of the picture; expected one of image, velocity, flow, edm",
+    ),
+    (
+        {"diffusion__schedule": "flow", "diffusion__target": "noise"},
+        "--diffusion.target: received noise with --diffusion.schedule flow, where time 1 has no signal and its "
+        "noise tells nothing of the picture; expected one of image, flow, edm",
+    ),
+    (
+        {"diffusion__schedule": "edm"},
+        "--diffusion.target: received velocity with --diffusion.schedule edm, whose rates are on no circle; "
+        "expected one of noise, image, flow, edm",
     ),
     *(
         (
@@ -319,6 +377,50 @@ def test_what_cannot_work_is_refused_by_name(changes, line):
     with pytest.raises(InputError) as refusal:
         check(changed(base, **changes))
     assert str(refusal.value) == line
+
+
+def test_the_names_of_the_process_are_those_that_it_knows():
+    assert settings.GRIDS == schedule.GRIDS
+    assert settings.SCHEDULES == schedule.SCHEDULES
+    assert settings.TARGETS == targets.TARGETS
+    assert settings.LOSSES == targets.LOSSES
+    assert settings.TIMES == times.TIMES
+    assert settings.SPACINGS == times.SPACINGS
+    assert settings.GRID_STEPS == schedule.STEPS
+    assert settings.SAMPLERS == tuple(samplers.SAMPLERS)
+    assert (*settings.WEIGHTS, "uncertainty") == targets.WEIGHTS  # learned: the trainer has no output for it
+
+
+def processes():
+    """Every schedule with every target, with and without signal at its end, and with a shift of the times."""
+    for name, target in itertools.product(settings.SCHEDULES, settings.TARGETS):
+        for own in ({}, {"zero_terminal_snr": True}, {"shift": 3.0}):
+            yield settings.DiffusionConfig(target=target, schedule=name, **own)
+
+
+def test_a_process_is_refused_where_the_schedule_cannot_express_it():
+    for own in processes():
+        with contextlib.ExitStack() as refusals:
+            try:
+                schedule.Process(**part(own))
+            except ValueError:
+                refusals.enter_context(
+                    pytest.raises(InputError, match=r"^--diffusion\.[a-z-]+: received [^\n]*$")
+                )
+            check(dataclasses.replace(Config(), diffusion=own))
+
+
+def test_the_targets_that_a_refusal_names_work():
+    for own in processes():
+        try:
+            check(dataclasses.replace(Config(), diffusion=own))
+        except InputError as refusal:
+            if str(refusal).startswith("--diffusion.target"):
+                named = str(refusal).split("expected one of ")[1].split(", ")
+                for target in settings.TARGETS:
+                    other = dataclasses.replace(own, target=target)
+                    with contextlib.nullcontext() if target in named else pytest.raises(InputError):
+                        check(dataclasses.replace(Config(), diffusion=other))
 
 
 def test_what_is_at_the_edge_works():

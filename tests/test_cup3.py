@@ -212,6 +212,35 @@ def test_data_draws_the_flowers(tmp_path, capsys):
         (["--data", "absent", "--run", "r"], "absent: is no folder; expected one with captioned pictures"),
         (["--gpus", "first"], "--gpus: received 'first', expected all, none, or indices"),
         (["generate", "--run", "absent", "--prompt", "x"], "absent: received a folder without config.json"),
+        (
+            ["generate", "--prompt", "x", "--sampler", "DDIM"],
+            "--sampler: received 'DDIM', expected one of ddpm, ddim, euler, euler-ancestral, heun, dpmpp-2m, "
+            "dpmpp-2m-sde, unipc, pndm",
+        ),
+        (
+            ["generate", "--prompt", "x", "--spacing", "linspace"],
+            "--spacing: received 'linspace', expected one of uniform, leading, trailing, karras, logsnr-uniform",
+        ),
+        (
+            ["generate", "--prompt", "x", "--mask", "m.png"],
+            "--mask: received m.png without --init-image, expected the picture to begin with",
+        ),
+        (
+            ["generate", "--prompt", "x", "--strength", "0.5"],
+            "--strength: received 0.5 without --init-image, expected the picture to begin with",
+        ),
+        (
+            ["generate", "--prompt", "x", "--init-image", "absent.png"],
+            "--init-image: received absent.png, expected a picture file (there is no such file)",
+        ),
+        (
+            ["generate", "--prompt", "x", "--init-image", "mine.txt", "--mask", "absent.png"],
+            "--mask: received absent.png, expected a picture file (there is no such file)",
+        ),
+        (
+            ["--evaluation.sampler", "plms"],
+            "--evaluation.sampler: received 'plms', expected one of ddpm, ddim",
+        ),
         (["generate", "--prompts", "absent.txt"], "--prompts: received absent.txt, expected a text file"),
         (["data", "--size", "16"], "paper flowers: size must be 32 to 512. Received: 16"),
         (["data", "--train", "0"], "paper flowers: train must be a whole number of at least 1"),
@@ -310,6 +339,7 @@ REFUSED_AT_ONCE = [
     ["--run", "other"],
     ["--run", "begun", "--seed", "1"],
     ["generate"],
+    ["generate", "--prompt", "x", "--sampler", "plms"],
     ["generate", "--prompt", "x", "--run", "absent"],
 ]
 
@@ -325,7 +355,8 @@ def test_what_can_be_refused_at_once_is_refused_before_tensorflow_and_the_settin
     script += "sys.exit(0 if set(codes) == {2} and 'tensorflow' not in sys.modules else 1)"
     process = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert (process.returncode, process.stdout) == (0, "")
-    received = ["'x'", "63", "'first'", "absent", "absent", "other", "begun/config.json", "none", "absent"]
+    received = ["'x'", "63", "'first'", "absent", "absent", "other", "begun/config.json", "none"]
+    received += ["'plms'", "absent"]
     for line, value in zip(process.stderr.splitlines(), received, strict=True):
         assert line.startswith("cup3: ") and value in line
     assert sorted(os.listdir(tmp_path)) == ["begun", "other"]

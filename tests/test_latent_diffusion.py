@@ -32,6 +32,33 @@ def test_the_times_are_drawn_as_the_settings_say(finished, flowers, tmp_path, mo
         np.testing.assert_array_equal(seen.value.args[0](shares), training_times(times, Process())(shares))
 
 
+def test_the_process_is_that_of_the_settings(finished, flowers, tmp_path, monkeypatch):
+    seen = []
+
+    def look(trainer, *_):
+        seen.append(trainer)
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(latent_diffusion, "fit", look)
+    own = {
+        "schedule": "flow",
+        "target": "flow",
+        "shift": 2.0,
+        "weight": "min-snr",
+        "snr-cap": 3.0,
+        "loss": "huber",
+    }
+    flags = {f"diffusion.{name}": value for name, value in own.items()}
+    with pytest.raises(SystemExit):
+        cup3.main(words(flowers, tmp_path / "flow", vae_from=finished[0], **flags))
+    line = words(flowers, tmp_path / "grid", vae_from=finished[0], **{"diffusion.schedule": "sigmoid"})
+    with pytest.raises(SystemExit):
+        cup3.main([*line, "--diffusion.zero-terminal-snr"])
+    expected = Process(**{name.replace("-", "_"): value for name, value in own.items()})
+    assert seen[0].process == seen[0].painter.networks.process == expected
+    assert seen[1].process == Process(schedule="sigmoid", zero_terminal_snr=True)
+
+
 def test_text_from_takes_the_text_encoder_of_another_run_as_it_is(finished, flowers, tmp_path, monkeypatch):
     seen = {}
 

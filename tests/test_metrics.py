@@ -177,6 +177,7 @@ def protocol():
         n_real=512,
         n_generated=256,
         sampler="heun",
+        spacing="karras",
         steps=20,
         guidance=2.5,
         guidance_from=0.3,

@@ -84,9 +84,12 @@ def test_the_log_has_a_row_an_epoch_with_its_protocol(finished):
             "size": 32,
             "n_real": 6,
             "n_generated": 6,
-            "sampler": "ddim",
+            "sampler": "dpmpp-2m",
+            "spacing": "trailing",
             "steps": 2,
             "guidance": 2.0,
+            "guidance_from": 0.3,
+            "guidance_to": 0.7,
             "ema": True,
             "seed": 0,
         }

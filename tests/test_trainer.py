@@ -11,7 +11,7 @@ import tensorflow as tf
 from PIL import Image
 
 from diffusion.schedule import Process
-from generate import Painter
+from generate import Painter, noise_of, to_images
 from input_pipeline import (
     Augmentation,
     Latents,
@@ -340,20 +340,19 @@ def test_reconstruction_does_not_depend_on_the_batch(toy_networks):
 # Diffusion.
 
 
+def diffusion_batch(times=(0.1, 0.4, 0.9)):
+    """A batch of three for the diffusion trainer, without its text's embeddings."""
+    clean, noise = np.random.default_rng(0).normal(size=(2, 3, *LATENT_SHAPE)).astype("float32")
+    tokens = np.array([[1, 2, 3, 10, 10, 10, 10]] * 3, "int32")
+    times = np.array(times, "float32")
+    return {"latents": clean, "noise": noise, "diffusion_times": times, "tokens": tokens, "mask": tokens < 10}
+
+
 @pytest.mark.parametrize("target", ["noise", "image", "velocity"])
 def test_the_diffusion_loss_is_its_formula(toy_networks, target):
     trainer = LatentDiffusionTrainer(toy_networks(target=target), IMAGE_SIZE)
-    rng = np.random.default_rng(0)
-    clean, noise = rng.normal(size=(2, 3, *LATENT_SHAPE)).astype("float32")
-    times = np.array([0.0, 0.4, 1.0], "float32")
-    tokens = np.array([[1, 2, 3, 10, 10, 10, 10]] * 3, "int32")
-    batch = {
-        "latents": clean,
-        "noise": noise,
-        "diffusion_times": times,
-        "tokens": tokens,
-        "mask": tokens < 10,
-    }
+    batch = diffusion_batch(times=(0.0, 0.4, 1.0))
+    clean, noise, times, tokens = (batch[name] for name in ("latents", "noise", "diffusion_times", "tokens"))
     n, s = rates(times)
     noisy = (s * clean + n * noise).astype("float32")
     mask = tf.constant(tokens < 10)
@@ -372,6 +371,76 @@ def test_the_diffusion_loss_is_its_formula(toy_networks, target):
     assert [variable.path for variable in frozen.trained_variables] == [
         variable.path for variable in frozen.unet.trainable_variables
     ]
+
+
+# (settings, (noise rate, signal rate) of t, the target of (x_0, e, n, s), the weight of (n, s), the error's distance)
+PROCESSES = {
+    "flow": (
+        {"target": "flow", "schedule": "flow", "shift": 3.0},
+        lambda t: (t, 1 - t),
+        lambda x, e, n, s: e - x,
+        lambda n, s: 1,
+        np.square,
+    ),
+    "min-snr": (
+        {"target": "noise", "weight": "min-snr", "snr_cap": 2.0},
+        rates,
+        lambda x, e, n, s: e,
+        lambda n, s: np.minimum((s / n) ** 2, 2.0) / (s / n) ** 2,
+        np.square,
+    ),
+    "min-snr of the velocity": (
+        {"target": "velocity", "weight": "min-snr"},
+        rates,
+        lambda x, e, n, s: s * e - n * x,
+        lambda n, s: np.minimum((s / n) ** 2, 5.0) / ((s / n) ** 2 + 1),
+        np.square,
+    ),
+    "edm": (  # Karras et al. 2022, table 1, at a deviation of 1
+        {"target": "edm", "schedule": "edm", "weight": "edm", "loss": "mae"},
+        lambda t: ((0.002 ** (1 / 7) + t * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7, np.ones_like(t)),
+        lambda x, e, n, s: (x - (x + n * e) / (n**2 + 1)) * np.sqrt(n**2 + 1) / n,
+        lambda n, s: 1,
+        np.abs,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_the_diffusion_loss_is_that_of_the_process(toy_networks, name):
+    settings, rates_of, target_of, weight_of, distance_of = PROCESSES[name]
+    trainer, batch = LatentDiffusionTrainer(toy_networks(**settings), IMAGE_SIZE), diffusion_batch()
+    x, e = batch["latents"].astype("float64"), batch["noise"].astype("float64")
+    n, s = rates_of(batch["diffusion_times"].astype("float64").reshape(-1, 1, 1, 1))
+    noisy = s * x + n * e
+    if settings["target"] == "edm":
+        noisy /= np.sqrt(n**2 + 1)  # c_in
+    given = tensors(batch)
+    context = trainer.text_encoder([given["tokens"], given["mask"]])
+    inputs = [tf.constant(noisy.astype("float32")), given["diffusion_times"], context, given["mask"]]
+    error = np.asarray(trainer.unet(inputs)) - target_of(x, e, n, s)
+    expected = np.mean(weight_of(n, s) * distance_of(error), axis=(1, 2, 3))
+    losses = trainer.sample_losses(given, training=False)
+    np.testing.assert_allclose(losses["loss"], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["flow", "edm"])
+def test_a_picture_starts_and_ends_by_the_rates_of_its_process(toy_networks, name):
+    networks, asked = toy_networks(target=name, schedule=name), []
+    painter = Painter(networks, IMAGE_SIZE)
+    painter.networks = networks._replace(unet=lambda inputs: asked.append(inputs) or networks.unet(inputs))
+    seeds, tokens = tf.constant([3], tf.int64), captions()[0][:1]
+    text, times = (tf.constant(tokens), tf.constant(tokens < 10)), tf.constant([1.0, 0.0])
+    kind = {"sampler": "ddim", "guided": False, "rescaled": False}
+    drawn = painter._draw_part(*text, *text, seeds, times, 1.0, None, 0.0, **kind)
+    # The network is first asked about pure noise, of unit variance also for EDM, whose noise rate there is 80.
+    noise, deviation = np.asarray(noise_of(seeds, LATENT_SHAPE)), math.sqrt(80**2 + 1)
+    np.testing.assert_allclose(asked[0][0], noise * (80 / deviation if name == "edm" else 1), rtol=1e-4)
+    (prediction,) = (np.asarray(networks.unet(inputs)) for inputs in asked)
+    # At time 1 flow's e - x_0 is solved by x = e; EDM's F by c_skip x + c_out F.
+    edm = 80 * noise / deviation**2 + 80 / deviation * prediction
+    by_hand = to_images(networks.vae.decode(noise - prediction if name == "flow" else edm))
+    np.testing.assert_allclose(np.asarray(drawn, int), np.asarray(by_hand, int), atol=1)
 
 
 def test_the_schedule_is_the_cosine_by_angles(trained):

@@ -37,6 +37,8 @@ TINY = {
     "batch-size": 8,
     "training.validation-fraction": 0.125,
     "evaluation.size": 32,
+    "evaluation.sampler": "dpmpp-2m",
+    "evaluation.spacing": "trailing",
     "evaluation.steps": 2,
     "evaluation.guidance": 2.0,
     "evaluation.images": 6,
