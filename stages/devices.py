@@ -24,10 +24,9 @@ def strategy_on(gpus: str, batches: dict[str, tuple[int, int | None]]):
     tf.config.set_visible_devices(chosen, "GPU")
     # Rewriting its graph delays the U-Net's first step by seconds, and on a CPU makes none faster.
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": not chosen})
-    if not chosen:  # the cores compute the parts of a batch side by side, see `parallel`
+    if not chosen:
         with contextlib.suppress(RuntimeError):  # another operation came before, and fixed the threads
-            tf.config.threading.set_inter_op_parallelism_threads(parallel.PARTS)
-            tf.config.threading.set_intra_op_parallelism_threads(max(1, parallel.cores() // parallel.PARTS))
+            share_cores()
     for gpu in chosen:
         tf.config.experimental.set_memory_growth(gpu, True)
     for flag, (batch_size, micro_batches) in batches.items():
@@ -40,6 +39,16 @@ def strategy_on(gpus: str, batches: dict[str, tuple[int, int | None]]):
     if len(chosen) > 1:
         return tf.distribute.MirroredStrategy([f"GPU:{index}" for index in range(len(chosen))])
     return tf.distribute.get_strategy()
+
+
+def share_cores():
+    """Gives each part of a batch its share of the cores, see `parallel`; sums in another order have other last bits.
+
+    Raises:
+        RuntimeError: TensorFlow has made its threads already.
+    """
+    tf.config.threading.set_inter_op_parallelism_threads(parallel.PARTS)
+    tf.config.threading.set_intra_op_parallelism_threads(max(1, parallel.cores() // parallel.PARTS))
 
 
 def devices_in_words() -> str:

@@ -30,12 +30,14 @@ from input_pipeline import Vocabulary
 from model.text_encoder import VocabularyEncoder
 from model.unet import UNet
 from model.vae import AutoencoderKL
+from stages.devices import share_cores
 from tests.run_folders import CONFIG
 from tests.tiny_runs import words
 
 # Replicas need devices, and devices are fixed by the first operation: so here, before any test.
 _CPU = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(_CPU, [tf.config.LogicalDeviceConfiguration()] * 2)
+share_cores()  # as fixed, and as a run in a process of its own has them: its bits are compared
 
 _unmet = []
 
