@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import faulthandler
+import itertools
 import json
 import os
 import re
@@ -121,7 +122,7 @@ def parse(argv):
 
 def _refuse_strays(command, words):
     """Commands in the wrong place, and flags of another command: each in one line that says what to type."""
-    for former, word in zip(["", *words], words, strict=False):
+    for former, word in itertools.pairwise(["", *words]):
         flag = word.split("=")[0]
         others = [other for other in COMMANDS if flag in _flags(other)]
         if others and command not in others:
@@ -168,7 +169,7 @@ def _parse_train(words):
 
 def _spelt_out(words):
     """`--train-vae` and `--no-train-vae`, which take no value, as the setting of three values that they set."""
-    for word, following in zip(words, [*words[1:], "--"], strict=False):
+    for word, following in itertools.pairwise([*words, "--"]):
         if word == "--no-train-vae":
             yield from ("--train-vae", "False")
         else:

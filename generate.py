@@ -409,24 +409,29 @@ def write_pictures(
             stacklevel=2,
         )
     painter = Painter(networks, config.image_size, batch_size)
-    folder, pictures, paths = Path(out), [], []
+    written = _written(settings, init_image=init_image, mask=mask)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for picture in generate(painter, texts, count, seed, progress="drawing", **settings):
-            paths.append(folder / f"{len(pictures):04d}.png")
-            files = {"init_image": init_image, "mask": mask}
-            save_png(picture, paths[-1], **_written(settings, **files), run=run)
-            pictures.append(picture)
-        grid = captioned_grid(
-            [picture.image for picture in pictures], [picture.prompt for picture in pictures]
-        )
-        with atomic_file(folder / "grid.png") as file:
-            grid.save(file, "PNG")
+        pictures = generate(painter, texts, count, seed, progress="drawing", **settings)
+        paths = _save_all(pictures, Path(out), **written, run=run)
     except OSError as error:
         raise InputError(
             f"--out: received {out}, which cannot be written ({error.strerror}); give another folder"
         ) from error
-    print(f"{len(paths)} picture{'s' * (len(paths) != 1)} and grid.png in {folder}")
+    print(f"{len(paths)} picture{'s' * (len(paths) != 1)} and grid.png in {Path(out)}")
+    return paths
+
+
+def _save_all(pictures, folder, **settings):
+    """Writes each picture as soon as it is drawn, and their grid; returns the paths without the grid's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths, images, captions = [], [], []
+    for number, picture in enumerate(pictures):
+        paths.append(folder / f"{number:04d}.png")
+        save_png(picture, paths[-1], **settings)
+        images.append(picture.image)
+        captions.append(picture.prompt)
+    with atomic_file(folder / "grid.png") as file:
+        captioned_grid(images, captions).save(file, "PNG")
     return paths
 
 
