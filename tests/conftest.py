@@ -22,15 +22,17 @@ import tensorflow as tf
 from keras import ops
 
 import cup3
-from checkpoint import RunFolder
+from checkpoint import RunFolder, collect, named_variables
+from config import to_dict
 from dataset import paper_flowers
 from diffusion.schedule import Process
-from generate import Networks
+from generate import Networks, Painter
 from input_pipeline import Vocabulary
 from model.text_encoder import VocabularyEncoder
 from model.unet import UNet
 from model.vae import AutoencoderKL
 from stages.devices import share_cores
+from tests.drawings import DRAWN_CONFIG, diffusion_tensors
 from tests.run_folders import CONFIG
 from tests.tiny_runs import words
 
@@ -104,6 +106,28 @@ def light_networks(toy_networks):
         return networks._replace(unet=unet, text_encoder=text_encoder)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def networks(toy_networks):
+    return toy_networks()
+
+
+@pytest.fixture(scope="module")
+def painter(networks):
+    return Painter(networks, image_size=16)
+
+
+@pytest.fixture(scope="module")
+def run_path(tmp_path_factory, networks):
+    """A trained run, whose newest checkpoint is not its best."""
+    path = tmp_path_factory.mktemp("runs") / "run"
+    with RunFolder.open(path, to_dict(DRAWN_CONFIG)) as run:
+        networks.vocabulary.save(run.vocabulary_path)
+        run.finish("vae", collect(named_variables(networks.vae), "vae"), {})
+        run.save("diffusion", 6, diffusion_tensors(networks, 0.5), {})
+        run.save_best("diffusion", 0.1, 0.05, 0.15, diffusion_tensors(networks), {"step": 3})
+    return path
 
 
 @pytest.fixture(scope="session")

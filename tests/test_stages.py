@@ -19,6 +19,7 @@ import config as settings
 import cup3
 import stages
 from checkpoint import RunFolder
+from config import checks
 from diffusion.times import TIMES
 from generate import load
 from optimizers import OPTIMIZERS
@@ -106,7 +107,7 @@ def test_each_stage_follows_its_own_optimizer(finished):
 
 
 def test_the_command_line_offers_what_there_is():
-    offered = {name: known for name, _, known in settings._choices(settings.Config())}
+    offered = {name: known for name, _, known in checks._choices(settings.Config())}
     assert offered["vae-training.optimizer"] == offered["training.optimizer"] == tuple(OPTIMIZERS)
     assert offered["training.times"] == tuple(TIMES)
 

@@ -1,20 +1,16 @@
-"""A config survives the way to disk and back, and what cannot work is refused by name."""
+"""Settings that cannot work are refused by name."""
 
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 
 import pytest
 
 import config as settings
-from config import PRESETS, Config, check, from_dict, light, part, preset, to_dict
+from config import Config, check, part
 from diffusion import samplers, schedule, targets, times
 from errors import InputError
-
-SEVEN = ["paper-flowers", "cup3", "coco", "flickr8k", "afhq", "afhq-text", "ffhq-vae"]
-READY = [name for name, entry in PRESETS.items() if entry.config]
 
 
 def changed(base, **changes):
@@ -28,117 +24,6 @@ def changed(base, **changes):
             base = dataclasses.replace(base, **{name: value})
     return base
 
-
-# To disk and back.
-
-
-@pytest.mark.parametrize("name", READY)
-def test_a_config_survives_json(name):
-    config = dataclasses.replace(preset(name), run="elsewhere", gpus="0,2", seed=7)
-    entries = json.loads(json.dumps(to_dict(config)))
-    assert "run" not in entries and "gpus" not in entries
-    assert from_dict(entries, run="elsewhere", gpus="0,2") == config
-    assert from_dict(entries) == dataclasses.replace(config, run=Config.run, gpus=Config.gpus)
-
-
-def test_every_setting_is_kept():
-    entries = to_dict(Config())
-    flat = {item.name for item in dataclasses.fields(Config)} - {"run", "gpus"}
-    assert entries.keys() == flat
-    assert entries["vae_training"].keys() == {
-        item.name for item in dataclasses.fields(settings.VAETrainingConfig)
-    }
-
-
-def test_unknown_and_missing_keys_are_refused():
-    entries = to_dict(Config())
-    with pytest.raises(
-        InputError, match=r"^config: received unknown keys \['tricks'\] and lacks \[\]; expected"
-    ):
-        from_dict({**entries, "tricks": 1})
-    with pytest.raises(
-        InputError, match=r"^config\.unet: received unknown keys \['x'\] and lacks \['blocks'\]"
-    ):
-        unet = {name: value for name, value in entries["unet"].items() if name != "blocks"}
-        from_dict({**entries, "unet": {**unet, "x": 1}})
-    del entries["seed"]
-    with pytest.raises(InputError, match=r"lacks \['seed'\]"):
-        from_dict(entries)
-
-
-def test_part_gives_the_keywords_of_a_constructor():
-    keywords = part(settings.AugmentationConfig(flip=False))
-    assert settings.AugmentationConfig(**keywords) == settings.AugmentationConfig(flip=False)
-    assert keywords["flip"] is False
-
-
-def test_settings_cannot_be_changed_by_accident():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Config().seed = 1
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Config().unet.blocks = 1
-
-
-# Presets.
-
-
-def test_all_seven_systems_are_named():
-    assert list(PRESETS) == SEVEN
-    for entry in PRESETS.values():
-        assert entry.summary
-        assert (entry.config is None) != (entry.lacks is None)
-
-
-@pytest.mark.parametrize("name", SEVEN)
-def test_a_preset_is_ready_or_says_what_it_lacks(name):
-    if name in READY:
-        assert preset(name).preset == name
-        check(preset(name))
-        return
-    with pytest.raises(InputError) as refusal:
-        preset(name)
-    line = f"--preset: received {name!r}, which needs {PRESETS[name].lacks}; this version cannot do that yet"
-    assert str(refusal.value) == f"{line}, expected one of {', '.join(READY)}"
-
-
-def test_an_unknown_preset_is_refused_with_the_known_ones():
-    with pytest.raises(InputError) as refusal:
-        preset("roses")
-    assert str(refusal.value) == f"--preset: received 'roses', expected one of {', '.join(SEVEN)}"
-
-
-def test_the_default_config_is_the_default_preset():
-    assert Config() == preset("paper-flowers")
-    assert len({preset(name).run for name in READY}) == len(READY)  # no two presets share a folder
-
-
-def test_the_cups_preset_has_the_cups_shapes():
-    cup = preset("cup3")
-    assert cup.image_size == 128
-    assert cup.unet.level_channels == (128, 256, 512, 512)
-    assert (cup.training.epochs, cup.training.batch_size) == (50, 16)
-    factor = 2 ** (len(cup.vae.level_channels) - 1)
-    assert (cup.image_size // factor, cup.vae.latent_channels) == (16, 4)
-    assert cup.text_encoder.width == 768
-
-
-@pytest.mark.parametrize("name", READY)
-def test_light_keeps_the_data_and_the_judgement(name):
-    small, whole = light(preset(name)), preset(name)
-    check(small)
-    for kept in ("preset", "data", "run", "seed", "image_size", "augmentation"):
-        assert getattr(small, kept) == getattr(whole, kept)
-    assert small.evaluation.guidance == whole.evaluation.guidance
-
-
-def test_light_takes_smaller_networks_than_the_cups():
-    small, whole = light(preset("cup3")), preset("cup3")
-    assert sum(small.unet.level_channels) < sum(whole.unet.level_channels) / 2
-    assert sum(small.vae.level_channels) < sum(whole.vae.level_channels)
-    assert small.text_encoder.width < whole.text_encoder.width
-
-
-# What cannot work.
 
 FINITE = "expected a finite number, at least"
 
@@ -177,6 +62,7 @@ TOO_SMALL = [  # setting, value, the least that works
     ("text-encoder.heads", 0, 1),
     ("text-encoder.layers", -1, 0),
 ]
+
 
 REFUSED = [
     *(

@@ -1,0 +1,70 @@
+"""Every setting of a run as frozen dataclasses, one per part, and the table of presets.
+
+The fields of a part are that part's constructor keywords. Only `stages` receives the whole config, and `generate`,
+which makes a run's networks from it.
+"""
+
+from config.checks import (
+    FEWEST_FOR_KID,
+    GRID_STEPS,
+    GRIDS,
+    LARGEST_VALIDATION_FRACTION,
+    LOSSES,
+    SAMPLERS,
+    SCHEDULES,
+    SPACINGS,
+    TARGETS,
+    TIMES,
+    WEIGHTS,
+    check,
+    check_interval,
+    check_sampling,
+)
+from config.presets import CUP3, PRESETS, light, preset
+from config.settings import (
+    AugmentationConfig,
+    Config,
+    DiffusionConfig,
+    EvaluationConfig,
+    TextEncoderConfig,
+    TrainingConfig,
+    UNetConfig,
+    VAEConfig,
+    VAETrainingConfig,
+    from_dict,
+    part,
+    to_dict,
+)
+
+__all__ = [
+    "CUP3",
+    "FEWEST_FOR_KID",
+    "GRIDS",
+    "GRID_STEPS",
+    "LARGEST_VALIDATION_FRACTION",
+    "LOSSES",
+    "PRESETS",
+    "SAMPLERS",
+    "SCHEDULES",
+    "SPACINGS",
+    "TARGETS",
+    "TIMES",
+    "WEIGHTS",
+    "AugmentationConfig",
+    "Config",
+    "DiffusionConfig",
+    "EvaluationConfig",
+    "TextEncoderConfig",
+    "TrainingConfig",
+    "UNetConfig",
+    "VAEConfig",
+    "VAETrainingConfig",
+    "check",
+    "check_interval",
+    "check_sampling",
+    "from_dict",
+    "light",
+    "part",
+    "preset",
+    "to_dict",
+]

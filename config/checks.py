@@ -1,0 +1,250 @@
+"""Refusals of settings that cannot work, before anything is done and before TensorFlow is imported."""
+
+import math
+import re
+
+from config.settings import Config
+from errors import InputError
+
+LARGEST_VALIDATION_FRACTION = 0.5
+LARGEST_SEED = 2**32 - 1  # that NumPy's generator takes
+FEWEST_FOR_KID = 3  # pictures on either side, for its estimate and its interval
+LARGEST_VIEW = 1024  # side at which a feature network sees pictures: far beyond what any was trained on
+LARGEST_RESIZE = 4  # factor before the random crop
+
+# The names that `diffusion` knows, here too so that a wrong one is refused before TensorFlow is imported. A learned
+# weight, "uncertainty", needs an output of the network that `trainer` does not have.
+GRIDS = ("cosine-squared", "linear", "scaled-linear", "sigmoid")  # schedules of 1,000 steps
+SCHEDULES = ("cosine", *GRIDS, "flow", "edm")
+TARGETS = ("noise", "image", "velocity", "flow", "edm")
+WEIGHTS = ("none", "min-snr", "edm")
+LOSSES = ("mse", "mae", "huber")
+TIMES = ("uniform", "logit_normal", "log_normal", "mixed")
+SAMPLERS = ("ddpm", "ddim", "euler", "euler-ancestral", "heun", "dpmpp-2m", "dpmpp-2m-sde", "unipc", "pndm")
+SPACINGS = ("uniform", "leading", "trailing", "karras", "logsnr-uniform")
+GRID_STEPS = (
+    1000  # most steps of the spacings leading and trailing, which take them from the discrete chain's
+)
+PROCESS_RANGE = (1e-3, 1e3)  # of the shift and the SNR's cap
+
+
+def check(config: Config) -> None:
+    """Refuses settings that cannot work, before anything is done.
+
+    Raises:
+        InputError: names the setting, the value received and the value expected.
+    """
+    for name, value, least in _least_values(config):
+        if not least <= value < math.inf:  # written so that NaN is refused too
+            raise InputError(f"--{name}: received {value}, expected a finite number, at least {least}")
+    for name, value, most in _largest_values(config):
+        if value > most:
+            raise InputError(f"--{name}: received {value}, expected at most {most}")
+    if not math.isfinite(config.evaluation.guidance):
+        raise InputError(
+            f"--evaluation.guidance: received {config.evaluation.guidance}, expected a finite number"
+        )
+    check_interval("--evaluation.guidance-interval", config.evaluation.guidance_interval)
+    _check_widths(config)
+    factor = 2 ** (len(config.vae.level_channels) - 1)
+    if config.image_size % factor:
+        raise InputError(
+            f"--image-size: received {config.image_size}, expected a multiple of {factor}, "
+            "the factor of the autoencoder"
+        )
+    latent_side, unet_factor = config.image_size // factor, 2 ** (len(config.unet.level_channels) - 1)
+    if latent_side % unet_factor:
+        raise InputError(
+            f"--image-size: received {config.image_size}, whose latents of side {latent_side} the U-Net cannot halve "
+            f"{len(config.unet.level_channels) - 1} times; expected a multiple of {factor * unet_factor}"
+        )
+    for name, value, most in _fractions(config):
+        if not 0 <= value <= most:
+            raise InputError(f"--{name}: received {value}, expected 0 to {most}")
+    for name, value, known in _choices(config):
+        if value not in known:
+            raise InputError(f"--{name}: received {value!r}, expected one of {', '.join(map(str, known))}")
+    _check_process(config.diffusion)
+    check_sampling(
+        "--evaluation.", config.evaluation.sampler, config.evaluation.spacing, config.evaluation.steps
+    )
+    if not re.fullmatch(r"all|none|\d+(,\d+)*", config.gpus):
+        raise InputError(f"--gpus: received {config.gpus!r}, expected all, none, or indices such as 0,2")
+    if config.train_vae is False and config.vae_from is None:
+        raise InputError("--no-train-vae: expected --vae-from, the run to take a trained autoencoder from")
+
+
+def check_interval(name, interval) -> None:
+    """Refuses what is no interval of diffusion times, by the name of its setting.
+
+    Raises:
+        InputError: it is not (least, most) within 0 to 1.
+    """
+    if not 0 <= interval[0] < interval[1] <= 1:
+        raise InputError(
+            f"{name}: received {tuple(interval)}, expected the least and the most time, within 0 to 1"
+        )
+
+
+def check_sampling(prefix, sampler, spacing, steps) -> None:
+    """Refuses a sampler and times that cannot be, by the names of their settings with a prefix, such as "--".
+
+    Raises:
+        InputError: an unknown name, or a number of steps that the spacing does not have.
+    """
+    for name, value, known in (("sampler", sampler, SAMPLERS), ("spacing", spacing, SPACINGS)):
+        if value not in known:
+            raise InputError(f"{prefix}{name}: received {value!r}, expected one of {', '.join(known)}")
+    if spacing in ("leading", "trailing") and steps > GRID_STEPS:
+        raise InputError(
+            f"{prefix}steps: received {steps} with {prefix}spacing {spacing}, expected at most {GRID_STEPS}"
+        )
+
+
+def _least_values(config):
+    vae_training, training, evaluation = config.vae_training, config.training, config.evaluation
+    yield "image-size", config.image_size, 8
+    yield "seed", config.seed, 0
+    yield "epochs", training.epochs, 1
+    yield "batch-size", training.batch_size, 1
+    yield "vae-training.epochs", vae_training.epochs, 1
+    yield "vae-training.batch-size", vae_training.batch_size, 1
+    for prefix, stage in (("vae-training", vae_training), ("training", training)):
+        yield f"{prefix}.warmup-steps", stage.warmup_steps, 0
+        yield f"{prefix}.learning-rate", stage.learning_rate, 0
+        yield f"{prefix}.weight-decay", stage.weight_decay, 0
+        yield f"{prefix}.clip-norm", stage.clip_norm, 0
+        if stage.steps_per_epoch is not None:
+            yield f"{prefix}.steps-per-epoch", stage.steps_per_epoch, 1
+        if stage.micro_batches is not None:
+            yield f"{prefix}.micro-batches", stage.micro_batches, 1
+    yield "vae-training.kl-weight", vae_training.kl_weight, 0
+    yield "vae-training.perceptual-weight", vae_training.perceptual_weight, 0
+    yield "training.latent-crops", training.latent_crops, 1
+    yield "diffusion.shift", config.diffusion.shift, PROCESS_RANGE[0]
+    yield "diffusion.snr-cap", config.diffusion.snr_cap, PROCESS_RANGE[0]
+    yield "evaluation.images", evaluation.images, FEWEST_FOR_KID
+    yield "evaluation.size", evaluation.size, 75 if evaluation.network == "inception_v3" else 32
+    for name in ("every", "steps", "batch_size", "previews"):
+        yield f"evaluation.{name.replace('_', '-')}", getattr(evaluation, name), 1
+    yield "vae.latent-channels", config.vae.latent_channels, 1
+    yield "vae.groups", config.vae.groups, 1
+    yield "unet.groups", config.unet.groups, 1
+    yield "unet.head-channels", config.unet.head_channels, 1
+    yield "unet.blocks", config.unet.blocks, 0
+    yield "unet.ff-expansion", config.unet.ff_expansion, 1
+    yield "text-encoder.width", config.text_encoder.width, 1
+    yield "text-encoder.heads", config.text_encoder.heads, 1
+    yield "text-encoder.layers", config.text_encoder.layers, 0
+
+
+def _largest_values(config):
+    yield "seed", config.seed, LARGEST_SEED
+    yield "evaluation.size", config.evaluation.size, LARGEST_VIEW
+    yield "diffusion.shift", config.diffusion.shift, PROCESS_RANGE[1]
+    yield "diffusion.snr-cap", config.diffusion.snr_cap, PROCESS_RANGE[1]
+    yield "augmentation.resize-max", config.augmentation.resize_max, LARGEST_RESIZE
+
+
+def _fractions(config):
+    yield "training.ema", config.training.ema, 1
+    yield "training.caption-dropout", config.training.caption_dropout, 1
+    yield "training.validation-fraction", config.training.validation_fraction, LARGEST_VALIDATION_FRACTION
+    yield "augmentation.brightness", config.augmentation.brightness, 1
+    yield "augmentation.contrast", config.augmentation.contrast, 1
+
+
+def _choices(config):
+    yield "vae-training.recon-loss", config.vae_training.recon_loss, ("l1", "mse")
+    yield "vae-training.optimizer", config.vae_training.optimizer, ("adamw", "muon")
+    yield "training.optimizer", config.training.optimizer, ("adamw", "muon")
+    yield "training.times", config.training.times, TIMES
+    yield "diffusion.target", config.diffusion.target, TARGETS
+    yield "diffusion.schedule", config.diffusion.schedule, SCHEDULES
+    yield "diffusion.weight", config.diffusion.weight, WEIGHTS
+    yield "diffusion.loss", config.diffusion.loss, LOSSES
+    yield "vae-training.perceptual-depth", config.vae_training.perceptual_depth, (1, 2, 3, 4, 5)
+    yield "evaluation.network", config.evaluation.network, ("efficientnet_lite0", "inception_v3")
+
+
+def _check_widths(config):
+    for name, settings in (("vae", config.vae), ("unet", config.unet)):
+        if not settings.level_channels:
+            raise InputError(f"--{name}.level-channels: received none, expected the channels of a level")
+        for channels in settings.level_channels:
+            if channels < 1 or channels % settings.groups:
+                raise InputError(
+                    f"--{name}.level-channels: received {channels}, expected a multiple of --{name}.groups "
+                    f"({settings.groups})"
+                )
+    vae, unet, text = config.vae, config.unet, config.text_encoder
+    if len(vae.blocks) != len(vae.level_channels) or min(vae.blocks) < 0:
+        raise InputError(
+            f"--vae.blocks: received {' '.join(map(str, vae.blocks))}, expected a number of at least 0 for each "
+            f"of the {_levels(vae)}"
+        )
+    if vae.latent_scale is not None and not 0 < vae.latent_scale < math.inf:
+        raise InputError(f"--vae.latent-scale: received {vae.latent_scale}, expected a positive number")
+    if len(unet.attention_levels) != len(unet.level_channels):
+        raise InputError(
+            f"--unet.attention-levels: received {len(unet.attention_levels)}, expected one for each of the "
+            f"{_levels(unet)}"
+        )
+    for channels in unet.level_channels:
+        if channels % unet.head_channels:
+            raise InputError(
+                f"--unet.head-channels: received {unet.head_channels}, expected a divisor of {channels} channels"
+            )
+    if text.width % text.heads:
+        raise InputError(
+            f"--text-encoder.heads: received {text.heads}, expected a divisor of the width {text.width}"
+        )
+    resize = config.augmentation
+    if not 1 <= resize.resize_min <= resize.resize_max:
+        raise InputError(
+            f"--augmentation.resize-min: received {resize.resize_min}, expected 1 to --augmentation.resize-max "
+            f"({resize.resize_max})"
+        )
+
+
+def _levels(network):
+    n = len(network.level_channels)
+    return f"{n} level{'s' * (n != 1)}"
+
+
+def _check_process(diffusion):
+    """Refuses what each setting allows alone but not together, as `diffusion.schedule.Process` does."""
+    least, most = diffusion.min_signal_rate, diffusion.max_signal_rate
+    if not 0 < least < most < 1:
+        raise InputError(
+            f"--diffusion.min-signal-rate and --diffusion.max-signal-rate: received {least} and {most}, "
+            "expected 0 < min < max < 1"
+        )
+    target, schedule = diffusion.target, diffusion.schedule
+    if diffusion.zero_terminal_snr and schedule not in GRIDS:
+        raise InputError(
+            f"--diffusion.zero-terminal-snr: received with --diffusion.schedule {schedule}, expected with one of "
+            + ", ".join(GRIDS)
+        )
+    if diffusion.shift != 1 and schedule != "flow":
+        raise InputError(
+            f"--diffusion.shift: received {diffusion.shift} with --diffusion.schedule {schedule}, expected 1, or "
+            "--diffusion.schedule flow"
+        )
+    if target == "noise" and (diffusion.zero_terminal_snr or schedule == "flow"):
+        without_signal = "--diffusion.zero-terminal-snr" if schedule in GRIDS else "--diffusion.schedule flow"
+        raise InputError(
+            f"--diffusion.target: received noise with {without_signal}, where time 1 has no signal and its noise "
+            f"tells nothing of the picture; expected one of {', '.join(_without(TARGETS, 'noise', schedule))}"
+        )
+    if target == "velocity" and schedule in ("flow", "edm"):
+        raise InputError(
+            f"--diffusion.target: received velocity with --diffusion.schedule {schedule}, whose rates are on no "
+            f"circle; expected one of {', '.join(_without(TARGETS, 'velocity', schedule))}"
+        )
+
+
+def _without(targets, refused, schedule):
+    """The targets that are left to a schedule that refuses one of them."""
+    also = {"flow": ("noise", "velocity"), "edm": ("velocity",)}.get(schedule, ())
+    return [name for name in targets if name not in (refused, *also)]

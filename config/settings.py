@@ -1,0 +1,200 @@
+"""The settings of each part, and those of a run as nested dicts."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from errors import InputError
+
+START_ONLY = ("run", "gpus")  # what may differ from one start of a run to the next
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """Random changes of a picture at each step; the defaults change nothing but left and right."""
+
+    resize_min: float = 1.0  # least factor of the random resize that goes before the random crop
+    resize_max: float = 1.0  # largest factor; 1 and 1 mean no crop
+    flip: bool = True  # mirror half of the pictures
+    brightness: float = 0.0  # largest shift, as a fraction of the range
+    contrast: float = 0.0  # largest change of the contrast's factor from 1
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The autoencoder's shape (`model.vae.AutoencoderKL`)."""
+
+    level_channels: tuple[int, ...] = (16, 16, 32, 64)  # finest level first; each further one halves the size
+    blocks: tuple[int, ...] = (0, 1, 1, 1)  # residual blocks of each level
+    latent_channels: int = 4  # channels of the latents
+    groups: int = 8  # groups of the normalisations
+    attention: bool = False  # self-attention in the middle
+    latent_scale: float | None = None  # factor to unit variance; None measures it after training
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """The `vocabulary` text encoder's shape (`model.text_encoder.VocabularyEncoder`)."""
+
+    width: int = 128  # width of the context
+    layers: int = 1  # transformer blocks
+    heads: int = 4  # attention heads
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The U-Net's shape (`model.unet.UNet`)."""
+
+    level_channels: tuple[int, ...] = (64, 128)  # finest level first
+    attention_levels: tuple[bool, ...] = (False, True)  # which levels attend
+    blocks: int = 1  # residual blocks a level
+    head_channels: int = 32  # channels a head
+    groups: int = 16  # groups of the normalisations
+    ff_expansion: int = 2  # width of the feed-forward parts, in multiples of the channels
+    pooled_context: bool = True  # whether the mean of the text's embeddings joins the time's
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The process (`diffusion.schedule`) and what the U-Net predicts."""
+
+    # what the U-Net predicts: noise, image, velocity, flow or edm; not every schedule can express each
+    target: str = "velocity"
+    max_signal_rate: float = 0.95  # signal rate at time 0 of the cosine schedule
+    min_signal_rate: float = 0.02  # signal rate at time 1 of the cosine schedule
+    # signal and noise at each time: cosine (by angles), cosine-squared, linear, scaled-linear, sigmoid, flow or edm
+    schedule: str = "cosine"
+    # leave no signal at time 1; for the schedules of 1,000 steps, cosine-squared, linear, scaled-linear and sigmoid
+    zero_terminal_snr: bool = False
+    shift: float = 1.0  # factor of the noise-to-signal ratio at the times of flow; above 1 for large pictures
+    weight: str = "none"  # how errors count at each time: none, min-snr or edm
+    snr_cap: float = 5.0  # largest signal-to-noise ratio that the weight min-snr counts
+    loss: str = "mse"  # of a prediction: mse, mae or huber
+
+
+@dataclass(frozen=True)
+class VAETrainingConfig:
+    """How the autoencoder is trained (`trainer.VAETrainer`)."""
+
+    epochs: int = 4  # rounds of `steps_per_epoch`
+    steps_per_epoch: int | None = 350  # None: one pass over the training pictures
+    batch_size: int = 8  # pictures a step, over all devices
+    micro_batches: int | None = None  # parts of a batch with gradients added up; None: 2 on a CPU, 1 on GPUs
+    optimizer: str = "muon"  # adamw or muon; their learning rates differ
+    learning_rate: float = 4e-3  # peak of the schedule; for adamw about 1e-3
+    warmup_steps: int = 100  # linear warm-up, then cosine decay to a hundredth
+    weight_decay: float = 0.0  # of kernels; never of biases and norms
+    clip_norm: float = 1.0  # largest global norm of the gradient
+    recon_loss: str = "mse"  # l1 or mse
+    kl_weight: float = 1e-3  # of the KL divergence in nats a latent value
+    perceptual_weight: float = 0.1  # of the distance in EfficientNet-Lite0 features; 0 leaves it out
+    perceptual_depth: int = 3  # how many levels of those features, 1 to 5; each next one costs more
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How the U-Net and the text encoder are trained (`trainer.LatentDiffusionTrainer`)."""
+
+    epochs: Annotated[int, tyro.conf.arg(prefix_name=False)] = 22  # rounds of `steps_per_epoch`
+    steps_per_epoch: int | None = None  # None: one pass over the training pictures
+    batch_size: Annotated[int, tyro.conf.arg(prefix_name=False)] = 64  # pictures a step, over all devices
+    micro_batches: int | None = None  # parts of a batch with gradients added up; None: 2 on a CPU, 1 on GPUs
+    optimizer: str = "muon"  # adamw or muon; their learning rates differ
+    learning_rate: float = 4e-3  # peak of the schedule; for adamw about 1e-3
+    warmup_steps: int = 100  # linear warm-up, then cosine decay to a hundredth
+    weight_decay: float = 1e-2  # of kernels; never of biases and norms
+    clip_norm: float = 1.0  # largest global norm of the gradient
+    # distribution of the diffusion times: uniform, logit_normal (more in the middle), log_normal or mixed
+    times: str = "logit_normal"
+    latent_crops: int = 1  # crops of each picture in the cache of latents, when augmentation crops
+    ema: float = 0.998  # decay of the averaged network, after its warm-up
+    caption_dropout: float = 0.1  # share of captions left out, for guidance
+    validation_fraction: float = 0.125  # share of the pictures held out of training
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How an epoch is judged and shown."""
+
+    network: str = "efficientnet_lite0"  # features of KID: efficientnet_lite0 or inception_v3
+    size: int = 224  # side that pictures are resized to for it; 75 or 299 for inception_v3
+    weights: str | None = None  # local file of the feature network's weights
+    images: int = 256  # pictures drawn each time KID is measured
+    every: int = 11  # epochs between two measurements; the first and the last are measured anyway
+    # how pictures are drawn: ddpm, ddim, euler, euler-ancestral, heun, dpmpp-2m, dpmpp-2m-sde, unipc or pndm
+    sampler: str = "ddim"
+    spacing: str = "uniform"  # of the sampler's times: uniform, leading, trailing, karras or logsnr-uniform
+    steps: int = 20  # sampler steps
+    guidance: float = 4.0  # strength of classifier-free guidance; 1 is off
+    guidance_interval: tuple[float, float] = (0.3, 0.7)  # least and most diffusion time to guide at
+    batch_size: int = 64  # pictures drawn at once
+    previews: int = 16  # captions in the grid of every epoch
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that defines a run."""
+
+    preset: str = "paper-flowers"  # where the defaults come from: paper-flowers or cup3
+    data: str = "dataset/paper_flowers"  # folder of captioned pictures
+    run: str = "runs/paper-flowers"  # folder of the run
+    seed: int = 0  # of every random draw
+    image_size: int = 64  # side of the pictures in pixels
+    gpus: str = "all"  # GPUs to train on: all, none, or indices such as 0,2
+    # train the autoencoder, also one that --vae-from takes; None: only where there is none to take
+    train_vae: bool | None = None
+    # another run's folder, whose trained autoencoder is taken as it is, or trained further with --train-vae
+    vae_from: str | None = None
+    text_from: str | None = None  # another run's folder, whose text encoder is taken and stays as it is
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    vae_training: VAETrainingConfig = field(default_factory=VAETrainingConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def part(settings) -> dict:
+    """A part's settings as the keywords of its constructor."""
+    return {item.name: getattr(settings, item.name) for item in dataclasses.fields(settings)}
+
+
+def to_dict(config: Config) -> dict:
+    """The config as nested dicts, as a run folder keeps it: without what may differ from one start to the next."""
+    entries = dataclasses.asdict(config)
+    return {name: value for name, value in entries.items() if name not in START_ONLY}
+
+
+def from_dict(entries: dict, **start) -> Config:
+    """The config of a run folder.
+
+    Args:
+        entries: as `to_dict` gives them.
+        start: the fields that `to_dict` leaves out.
+
+    Raises:
+        InputError: a key is unknown or missing.
+    """
+    return _read(
+        Config, {**{name: getattr(Config, name) for name in START_ONLY}, **entries, **start}, "config"
+    )
+
+
+def _read(kind, entries, where):
+    known = {item.name: item for item in dataclasses.fields(kind)}
+    if set(entries) != set(known):
+        unknown, missing = sorted(set(entries) - set(known)), sorted(set(known) - set(entries))
+        raise InputError(
+            f"{where}: received unknown keys {unknown} and lacks {missing}; expected {sorted(known)}"
+        )
+    values = {}
+    for name, value in entries.items():
+        default = known[name].default_factory
+        if dataclasses.is_dataclass(default):
+            value = _read(default, value, f"{where}.{name}")
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)

@@ -1,0 +1,25 @@
+"""The one way to get an image: prompts -> images, as an iterable over networks in memory.
+
+The command line, previews in training, evaluation and the web page all call it.
+"""
+
+from generate.networks import Networks, load, make_diffusion, make_vae
+from generate.painter import Painter, drawing, noise_of, to_images
+from generate.requests import generate, write_pictures
+from generate.sheets import Picture, captioned_grid, save_png
+
+__all__ = [
+    "Networks",
+    "Painter",
+    "Picture",
+    "captioned_grid",
+    "drawing",
+    "generate",
+    "load",
+    "make_diffusion",
+    "make_vae",
+    "noise_of",
+    "save_png",
+    "to_images",
+    "write_pictures",
+]

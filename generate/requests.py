@@ -1,0 +1,241 @@
+"""Requests: prompts -> pictures in memory, or files of them, checked before anything is drawn."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from config import check_interval, check_sampling
+from errors import InputError
+from files import atomic_file
+from generate.networks import load
+from generate.painter import Drawing, Painter, drawing
+from generate.sheets import Picture, captioned_grid, save_png
+from input_pipeline import RARE, read_pictures
+
+STRENGTH = 0.6  # of drawing from a picture, where none is given: its layout stays, its details change
+
+
+def generate(painter, prompts, count=1, seed=0, progress=None, negative=None, **settings):
+    """Draws `count` pictures of every prompt, lazily; picture k of a prompt has the seed `seed + k`.
+
+    Args:
+        painter: a `Painter`.
+        prompts: list of str.
+        count: pictures a prompt.
+        seed, progress: of the first picture of a prompt, and a label for a progress bar, or None.
+        negative: a str, what guidance leads away from, or None.
+        settings: see `Drawing`.
+
+    Yields:
+        Picture.
+
+    Raises:
+        InputError: no prompt, an empty one, or a count, a seed or a setting that cannot be.
+    """
+    _check_request(prompts, count, seed, negative=negative, **settings)
+    tokens, _ = painter.networks.vocabulary.encode(prompts)
+    if negative is not None:
+        settings["negative"] = painter.networks.vocabulary.encode([negative])[0][0]
+    seeds = np.tile(seed + np.arange(count), len(prompts))
+    images = painter.draw(np.repeat(tokens, count, axis=0), seeds, progress=progress, **settings)
+    for index, image in enumerate(images):
+        yield Picture(image, prompts[index // count], int(seeds[index]))
+
+
+def _check_request(prompts, count, seed, flag="", **settings):
+    """Refuses what cannot be drawn; `flag` goes before the names of settings in the message: "--", or nothing."""
+    _check_prompts(prompts, count, seed)
+    asked = Drawing(**settings)
+    _check_steps(asked, flag)
+    _check_guidance(asked, flag)
+
+
+def _check_prompts(prompts, count, seed):
+    if not prompts:
+        raise InputError("prompts: received none, expected at least one")
+    for row, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise InputError(f"prompts: received an empty text in row {row}, expected words")
+    if count < 1:
+        raise InputError(f"count: received {count}, expected at least 1")
+    if not abs(seed) + count < 2**63:
+        raise InputError(f"seed: received {seed}, expected a number of 64 bits")
+
+
+def _check_steps(asked, flag):
+    steps, strength = asked.steps, asked.strength
+    if steps < 1:
+        raise InputError(f"steps: received {steps}, expected at least 1")
+    check_sampling(flag, asked.sampler, asked.spacing, steps)
+    if not 0 < strength <= 1:
+        raise InputError(f"{flag}strength: received {strength}, expected more than 0 and at most 1")
+    if not round(strength * steps):
+        raise InputError(
+            f"{flag}strength: received {strength} of {steps} steps, which is none of them; expected more of either"
+        )
+    if asked.picture is None and (strength != 1 or asked.area is not None):
+        raise InputError(
+            f"{'strength' if asked.area is None else 'area'}: received without a picture to begin with, expected one"
+        )
+
+
+def _check_guidance(asked, flag):
+    guidance, rescale, negative = asked.guidance, asked.rescale, asked.negative
+    if not np.isfinite(guidance):
+        raise InputError(f"guidance: received {guidance}, expected a finite number")
+    check_interval("--guidance-interval" if flag else "interval", asked.interval)
+    if not 0 <= rescale <= 1:
+        name = "--guidance-rescale" if flag else "rescale"
+        raise InputError(f"{name}: received {rescale}, expected 0 to 1")
+    if negative is not None and not negative.strip():
+        raise InputError(f"{flag}negative: received an empty text, expected words")
+    if negative is not None and guidance == 1:
+        raise InputError(
+            f"{flag}negative: received {negative!r} with a guidance of 1, which is off and leads away from nothing; "
+            "expected another guidance"
+        )
+
+
+def write_pictures(
+    run,
+    prompt=(),
+    prompts=None,
+    count=1,
+    seed=0,
+    sampler=None,
+    spacing=None,
+    steps=None,
+    guidance=None,
+    guidance_interval=None,
+    guidance_rescale=None,
+    negative=None,
+    init_image=None,
+    strength=None,
+    mask=None,
+    batch_size=16,
+    out="pictures",
+):
+    """Draws pictures with a run and writes them, one PNG each and a captioned `grid.png`.
+
+    Args:
+        run: the run's folder.
+        prompt: sentences.
+        prompts: a text file with a sentence a line, or None.
+        count, seed: see `generate`.
+        sampler, spacing, steps, guidance, guidance_interval: the sampler, its times and their number, the strength of
+            guidance and the times it acts at; None takes the run's.
+        guidance_rescale: see `Drawing`; None is 0.
+        negative: a sentence that guidance leads away from, or None.
+        init_image, mask: picture files, see `begun_with`, or None.
+        strength: see `Drawing`; None is 1 with a mask, `STRENGTH` without.
+        batch_size: pictures drawn at once.
+        out: folder for the files; it is made.
+
+    Returns:
+        The paths of the PNG files, without the grid's.
+
+    Raises:
+        InputError: see `load`, `begun_with` and `generate`; or `prompts` cannot be read, or `out` not written.
+    """
+    if batch_size < 1:
+        raise InputError(f"--batch-size: received {batch_size}, expected at least 1")
+    texts = [*prompt, *(_read_prompts(prompts) if prompts else ())]
+    networks, config = load(run)
+    settings = {"sampler": sampler, "spacing": spacing, "steps": steps, "guidance": guidance}
+    settings |= {"interval": guidance_interval, "rescale": guidance_rescale, "negative": negative}
+    settings = drawing(config, **settings)
+    settings |= begun_with(init_image, mask, strength, config.image_size)
+    _check_request(texts, count, seed, **settings, flag="--")
+    unknown = networks.vocabulary.unknown(texts if negative is None else [*texts, negative])
+    if unknown:
+        warnings.warn(
+            f"{run} was trained without the word{'s' * (len(unknown) != 1)} {', '.join(unknown)}: "
+            f"read as {RARE}, any rare word",
+            stacklevel=2,
+        )
+    painter = Painter(networks, config.image_size, batch_size)
+    written = _written(settings, init_image=init_image, mask=mask)
+    try:
+        pictures = generate(painter, texts, count, seed, progress="drawing", **settings)
+        paths = _save_all(pictures, Path(out), **written, run=run)
+    except OSError as error:
+        raise InputError(
+            f"--out: received {out}, which cannot be written ({error.strerror}); give another folder"
+        ) from error
+    print(f"{len(paths)} picture{'s' * (len(paths) != 1)} and grid.png in {Path(out)}")
+    return paths
+
+
+def _save_all(pictures, folder, **settings):
+    """Writes each picture as soon as it is drawn, and their grid; returns the paths without the grid's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths, images, captions = [], [], []
+    for number, picture in enumerate(pictures):
+        paths.append(folder / f"{number:04d}.png")
+        save_png(picture, paths[-1], **settings)
+        images.append(picture.image)
+        captions.append(picture.prompt)
+    with atomic_file(folder / "grid.png") as file:
+        captioned_grid(images, captions).save(file, "PNG")
+    return paths
+
+
+def begun_with(init_image, mask, strength, image_size):
+    """What drawing begins with, as keywords of `Painter.draw`: none, or a picture, a strength and perhaps an area.
+
+    Args:
+        init_image: a picture file, resized and cut as for training, or None.
+        mask: a picture file of its size, whose white is drawn anew, whose black stays as it is and whose grey is mixed;
+            or None.
+        strength: see `Drawing`, or None.
+        image_size: side of the pictures in pixels.
+
+    Raises:
+        InputError: a file that is no picture, a mask of another size, or a mask or strength without a picture.
+    """
+    if init_image is None:
+        for flag, value in (("--mask", mask), ("--strength", strength)):
+            if value is not None:
+                raise InputError(
+                    f"{flag}: received {value} without --init-image, expected the picture to begin with"
+                )
+        return {}
+    begun = {"picture": read_pictures([init_image], image_size, progress=False)[0]}
+    if mask is None:
+        return begun | {"strength": STRENGTH if strength is None else strength}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is grey, as masks are
+        white = read_pictures([mask], image_size, progress=False)[0].mean(axis=-1, dtype="float32") / 255.0
+    expected, received = _size(init_image), _size(mask)
+    if expected != received:
+        raise InputError(
+            f"--mask: received {mask} of {received} pixels, expected the {expected} of --init-image {init_image}"
+        )
+    return begun | {"strength": 1.0 if strength is None else strength, "area": white}
+
+
+def _size(path):
+    with Image.open(path) as image:
+        return "x".join(map(str, ImageOps.exif_transpose(image).size))
+
+
+def _written(settings, **files):
+    """Keywords of `Painter.draw` by the names of their flags, as a PNG keeps them; pictures by the names of `files`."""
+    flags = {"interval": "guidance_interval", "rescale": "guidance_rescale"}
+    settings = {
+        flags.get(name, name): value for name, value in settings.items() if name not in ("picture", "area")
+    }
+    return settings | {name: path for name, path in files.items() if path is not None}
+
+
+def _read_prompts(path):
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompts: received {path}, expected a text file in UTF-8 ({error})") from error
+    texts = [line for line in lines if line.strip()]
+    if not texts:
+        raise InputError(f"--prompts: received {path}, which is empty; expected a sentence a line")
+    return texts

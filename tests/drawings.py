@@ -1,0 +1,53 @@
+"""Requests, pictures and a small run for the tests of `generate`."""
+
+import numpy as np
+from PIL import Image
+
+import generate
+from checkpoint import collect, named_variables
+from config import Config, EvaluationConfig, TextEncoderConfig, UNetConfig, VAEConfig
+
+PROMPTS = ["one red flower", "a blue flower with a yellow center", "two green leaves"]
+
+
+STEPS, GUIDANCE = 3, 2.0
+
+
+INTERVAL = (0.0, 0.5)
+
+
+def drawn(painter, prompts, **settings):
+    settings = {"steps": STEPS, "guidance": GUIDANCE, **settings}
+    return list(generate.generate(painter, prompts, **settings))
+
+
+def images(pictures):
+    return np.stack([picture.image for picture in pictures]).astype(int)
+
+
+def some_picture(seed=0, side=16):
+    """Smooth colours, uint8 (side, side, 3)."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3)).astype("uint8")
+    return np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC))
+
+
+def left_half(side=16):
+    return np.repeat(np.arange(side)[None] < side // 2, side, axis=0).astype("float32")
+
+
+DRAWN_CONFIG = Config(
+    image_size=16,
+    vae=VAEConfig(level_channels=(4, 4), blocks=(0, 0), latent_channels=2, groups=2),
+    text_encoder=TextEncoderConfig(width=8, layers=1, heads=2),
+    unet=UNetConfig((8,), (True,), blocks=0, head_channels=4, groups=4, ff_expansion=1, pooled_context=False),
+    evaluation=EvaluationConfig(sampler="unipc", spacing="logsnr-uniform"),
+)
+
+
+def diffusion_tensors(networks, scale=1.0):
+    tensors = {}
+    for name in ("unet", "text_encoder"):
+        own = collect(named_variables(getattr(networks, name)), f"ema_{name}")
+        raw = collect(named_variables(getattr(networks, name)), name)
+        tensors |= {key: scale * value for key, value in own.items()} | {key: 0 * raw[key] for key in raw}
+    return tensors

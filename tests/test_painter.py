@@ -1,0 +1,262 @@
+"""A picture depends on its own prompt and seed only, and is what the pure functions give by hand."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import generate
+from diffusion.samplers import SAMPLERS, STOCHASTIC
+from diffusion.times import sampling_times
+from generate import (
+    Painter,
+    noise_of,
+    to_images,
+)
+from generate.painter import blended, latent_area
+from tests.drawings import PROMPTS, STEPS, drawn, images, left_half, some_picture
+
+
+def test_a_picture_does_not_depend_on_its_batch(networks, painter):
+    together = drawn(painter, PROMPTS, count=2, seed=5)
+    one_by_one = drawn(Painter(networks, 16, batch_size=1), PROMPTS, count=2, seed=5)
+    in_fours = drawn(Painter(networks, 16, batch_size=4), PROMPTS, count=2, seed=5)  # the last batch holds 2
+    for other in (one_by_one, in_fours):
+        np.testing.assert_allclose(images(together), images(other), atol=1)
+    assert [(picture.prompt, picture.seed) for picture in together] == [
+        (prompt, seed) for prompt in PROMPTS for seed in (5, 6)
+    ]
+
+
+def test_a_picture_follows_its_own_seed_and_prompt(painter):
+    pictures = images(drawn(painter, PROMPTS, count=2, seed=5))
+    alone = images(drawn(painter, PROMPTS[1:2], seed=6))
+    np.testing.assert_allclose(alone[0], pictures[3], atol=1)
+    differences = [np.abs(pictures[i] - pictures[j]).max() for i, j in np.ndindex(6, 6) if i < j]
+    assert min(differences) > 2
+
+
+def test_pictures_come_one_batch_at_a_time(networks):
+    painter = Painter(networks, 16, batch_size=1)
+    calls = []
+    draw = lambda *arguments: calls.append(arguments) or np.zeros((1, 16, 16, 3), "uint8")  # noqa: E731
+    painter.compiled = lambda *kind, **kinds: draw
+    pictures = generate.generate(painter, PROMPTS)
+    next(pictures)
+    assert len(calls) == 1
+
+
+def test_guidance_1_is_the_conditional_picture(painter):
+    plain = images(drawn(painter, PROMPTS, guidance=1))
+    barely_guided = images(drawn(painter, PROMPTS, guidance=1 + 1e-6))  # through the graph of guidance
+    guided = images(drawn(painter, PROMPTS, guidance=4.0))
+    np.testing.assert_allclose(plain, barely_guided, atol=1)
+    assert np.abs(plain - guided).max() > 5
+
+
+@pytest.mark.parametrize(
+    ("guidance", "interval", "negative", "rescale"),
+    [
+        (1.0, (0.0, 1.0), None, 0.0),
+        (2.5, (0.0, 1.0), None, 0.0),
+        (2.5, (0.5, 0.8), None, 0.0),
+        (2.5, (0.0, 0.5), None, 0.0),
+        (2.5, (0.0, 1.0), "two green leaves", 0.0),
+        (4.0, (0.0, 1.0), None, 0.7),
+        (4.0, (0.5, 1.0), "one red flower", 0.3),
+    ],
+)
+def test_the_compiled_painter_is_ddim_with_guidance_by_hand(
+    networks, painter, guidance, interval, negative, rescale
+):
+    # Song et al. 2021, equation 12 with eta = 0; Ho & Salimans 2022, equation 6; Lin et al. 2023, equations 14 to 16.
+    vae, text_encoder, unet, process, vocabulary = networks
+    tokens, mask = vocabulary.encode(PROMPTS[:1])
+    texts = [(tokens, mask), (vocabulary.empty()[None], vocabulary.mask(vocabulary.empty()[None]))]
+    if negative:
+        texts[1] = vocabulary.encode([negative])
+    x = np.asarray(noise_of(np.array([9]), (8, 8, 2)))
+    times = np.linspace(1, 0, STEPS + 1, dtype="float32")
+    for t, following in zip(times[:-1], times[1:], strict=True):
+        (n, s), (next_n, next_s) = (
+            [np.asarray(rate) for rate in process.rates(u[None])] for u in (t, following)
+        )
+        clean = []
+        for own_tokens, own_mask in texts:
+            own_tokens, own_mask = tf.constant(own_tokens), tf.constant(own_mask)
+            context = text_encoder([own_tokens, own_mask])
+            velocity = np.asarray(unet([tf.constant(x), tf.constant(t[None]), context, own_mask]))
+            clean.append(s * x - n * velocity)
+        strength = guidance if interval[0] <= t <= interval[1] else 1.0
+        guided = clean[1] + strength * (clean[0] - clean[1])
+        guided = rescale * guided * np.std(clean[0]) / np.std(guided) + (1 - rescale) * guided
+        x = (next_s * guided + next_n * (x - s * guided) / n).astype("float32")
+    expected = np.clip(np.asarray(vae.decode(guided.astype("float32"))) * 127.5 + 127.5, 0, 255)
+    settings = {"guidance": guidance, "interval": interval, "negative": negative, "rescale": rescale}
+    picture = drawn(painter, PROMPTS[:1], seed=9, **settings)[0].image
+    assert picture.std() > 5  # not a plain grey one
+    assert np.abs(picture - expected[0]).max() <= 1.01
+
+
+def test_a_negative_prompt_is_led_away_from(painter):
+    plain, negative = (images(drawn(painter, PROMPTS[:2], negative=text)) for text in (None, PROMPTS[1]))
+    assert np.abs(plain[0] - negative[0]).max() > 2
+    # Away from itself is nowhere: the conditional picture, at any guidance.
+    conditional = images(drawn(painter, PROMPTS[1:2], guidance=1, seed=0))
+    np.testing.assert_allclose(negative[1], conditional[0], atol=1)
+
+
+def test_one_trace_serves_every_batch_and_number_of_steps(networks):
+    painter = Painter(networks, 16, batch_size=2)
+    for steps in (1, 2, 5):
+        drawn(painter, PROMPTS, steps=steps)
+    assert painter.compiled("ddim", guided=True).experimental_get_tracing_count() == 1
+    drawn(painter, PROMPTS, sampler="heun", spacing="karras")
+    assert painter.compiled("heun", guided=True).experimental_get_tracing_count() == 1
+    assert painter.compiled("ddim", guided=True).experimental_get_tracing_count() == 1
+    np.testing.assert_allclose(sampling_times(networks.process, 5), [1, 0.8, 0.6, 0.4, 0.2, 0], atol=1e-6)
+
+
+def by_hand(networks, sampler, times, seed, prompt):
+    """A picture without guidance, uint8 (H, W, 3), by the pure function of that name."""
+    vae, text_encoder, unet, process, vocabulary = networks
+    tokens, mask = map(tf.constant, vocabulary.encode([prompt]))
+    context, shape = text_encoder([tokens, mask]), (8, 8, 2)
+
+    def denoise(x, t):
+        t = tf.reshape(t, [1])
+        return process.denoised(unet([process.scaled(x, t), t, context, mask]), x, t)
+
+    def step_noise(k):
+        return noise_of(tf.constant([seed], tf.int64), shape, k + 1)
+
+    own = {"step_noise": step_noise} if sampler in ("ddpm", "euler-ancestral", "dpmpp-2m-sde") else {}
+    noise = process.start(noise_of(tf.constant([seed], tf.int64), shape), times[0])
+    latents = SAMPLERS[sampler](denoise, noise, times, process.rates, **own)
+    return np.asarray(to_images(vae.decode(latents))).astype(int)[0]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_painter_draws_with_the_sampler_and_the_times_that_are_named(networks, painter, sampler):
+    settings = {"sampler": sampler, "guidance": 1, "steps": 4}
+    pictures = [
+        images(drawn(painter, PROMPTS[:2], **settings, spacing=name)) for name in ("karras", "leading")
+    ]
+    for spacing, own in zip(("karras", "leading"), pictures, strict=True):
+        times = sampling_times(networks.process, 4, spacing)
+        expected = by_hand(networks, sampler, times, 0, PROMPTS[1])
+        assert expected.std() > 5
+        np.testing.assert_allclose(own[1], expected, atol=1)
+    assert np.abs(pictures[0] - pictures[1]).max() > 2
+
+
+@pytest.mark.parametrize("sampler", STOCHASTIC)
+def test_noise_drawn_anew_is_of_each_pictures_seed_and_step(networks, painter, sampler):
+    settings = {"sampler": sampler, "count": 2, "seed": 5}
+    together = images(drawn(painter, PROMPTS, **settings))
+    one_by_one = images(drawn(Painter(networks, 16, batch_size=1), PROMPTS, **settings))
+    np.testing.assert_allclose(together, one_by_one, atol=1)
+    assert np.abs(together - images(drawn(painter, PROMPTS, count=2, seed=5))).max() > 2  # ddim draws none
+
+
+def test_the_noises_of_a_seed_are_unlike():
+    noises = np.stack([noise_of(np.array([3]), (32, 32, 4), number)[0] for number in (0, 1, 2, 1000)])
+    assert np.abs(np.corrcoef(noises.reshape(4, -1)) - np.eye(4)).max() < 4 / 64
+
+
+@pytest.mark.parametrize(
+    "process", [{"target": "flow", "schedule": "flow"}, {"target": "edm", "schedule": "edm"}]
+)
+def test_every_process_draws_with_every_sampler(toy_networks, process):
+    networks = toy_networks(**process)
+    painter = Painter(networks, 16)
+    for sampler in SAMPLERS:
+        (picture,) = images(drawn(painter, PROMPTS[:1], sampler=sampler, guidance=1, seed=2))
+        expected = by_hand(networks, sampler, sampling_times(networks.process, STEPS), 2, PROMPTS[0])
+        np.testing.assert_allclose(picture, expected, atol=1)
+        assert picture.std() > 5
+
+
+def test_the_noise_of_a_seed_is_its_own_and_standard_normal():
+    seeds = np.array([3, -4, 2**62])
+    noise = np.asarray(noise_of(seeds, (32, 32, 4)))
+    np.testing.assert_array_equal(noise[1:], noise_of(seeds[1:], (32, 32, 4)))
+    for own in noise:
+        assert abs(own.mean()) < 4 / 64
+        assert own.std() == pytest.approx(1, abs=4 / 90)
+    correlations = np.corrcoef(noise.reshape(3, -1))
+    assert np.abs(correlations - np.eye(3)).max() < 4 / 64
+
+
+def test_pixels_become_images_by_rounding_and_clipping():
+    pixels = np.array([-2.0, -1.0, -1 + 1.2 / 255, -1 + 0.8 / 255, 0.999, 1.0, 7.0], "float32")
+    received = to_images(np.tile(pixels[:, None, None, None], (1, 1, 1, 3)))
+    assert received.dtype == "uint8"
+    assert np.asarray(received)[:, 0, 0, 0].tolist() == [0, 0, 1, 0, 255, 255, 255]
+    every = np.arange(256, dtype="float32")
+    np.testing.assert_array_equal(to_images(every / 127.5 - 1), every)
+
+
+def test_strength_1_takes_nothing_of_the_picture(painter):
+    plain = images(drawn(painter, PROMPTS, seed=4))
+    np.testing.assert_array_equal(plain, images(drawn(painter, PROMPTS, seed=4, picture=some_picture())))
+
+
+def test_drawing_from_a_picture_is_the_last_steps_from_its_latents(networks, painter):
+    # Meng et al. 2022: x at the first time left is the picture's latents with that time's noise; then DDIM.
+    vae, text_encoder, unet, process, vocabulary = networks
+    tokens, mask = map(tf.constant, vocabulary.encode(PROMPTS[:1]))
+    context, noise = text_encoder([tokens, mask]), np.asarray(noise_of(np.array([9]), (8, 8, 2)))
+    latents = np.asarray(vae.encode(tf.constant(some_picture()[None] / np.float32(127.5) - 1))[0])
+    x, clean = None, None
+    for t, following in ((0.5, 0.25), (0.25, 0.0)):  # of 1, 0.75, 0.5, 0.25, 0
+        (n, s), (next_n, next_s) = (
+            [np.asarray(r) for r in process.rates(np.float32([u]))] for u in (t, following)
+        )
+        x = s * latents + n * noise if x is None else x
+        clean = s * x - n * np.asarray(unet([tf.constant(x), tf.constant([t]), context, mask]))
+        x = (next_s * clean + next_n * (x - s * clean) / n).astype("float32")
+    expected = np.asarray(to_images(vae.decode(clean.astype("float32")))).astype(int)
+    settings = {"steps": 4, "guidance": 1, "seed": 9, "picture": some_picture(), "strength": 0.5}
+    picture = images(drawn(painter, PROMPTS[:1], **settings))
+    np.testing.assert_allclose(picture, expected, atol=1)
+    assert np.abs(picture - images(drawn(painter, PROMPTS[:1], **settings | {"strength": 1}))).max() > 2
+
+
+def test_an_empty_mask_returns_the_picture(painter):
+    settings = {"picture": some_picture(), "area": np.zeros((16, 16), "float32")}
+    for picture in images(drawn(painter, PROMPTS, seed=4, **settings)):
+        np.testing.assert_array_equal(picture, some_picture())
+
+
+def test_a_full_mask_takes_nothing_of_the_picture(painter):
+    settings = {"picture": some_picture(), "area": np.ones((16, 16), "float32")}
+    pictures = images(drawn(painter, PROMPTS, seed=4, **settings))
+    np.testing.assert_allclose(pictures, images(drawn(painter, PROMPTS, seed=4)), atol=1)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp-2m-sde"])
+def test_what_the_mask_leaves_out_stays_and_the_rest_follows_it(networks, painter, sampler):
+    settings = {"picture": some_picture(), "area": left_half(), "sampler": sampler, "seed": 4}
+    together = images(drawn(painter, PROMPTS, **settings))
+    one_by_one = images(drawn(Painter(networks, 16, batch_size=1), PROMPTS, **settings))
+    np.testing.assert_allclose(together, one_by_one, atol=1)
+    for picture in together:
+        np.testing.assert_array_equal(picture[:, 8:], some_picture()[:, 8:])
+    assert np.abs(together[:, :, :8] - some_picture()[:, :8]).max() > 2
+    # What is drawn anew depends on what stays.
+    other = images(drawn(painter, PROMPTS, **settings | {"picture": some_picture(1)}))
+    assert np.abs(together[:, :, :8] - other[:, :, :8]).max() > 2
+
+
+def test_latents_are_drawn_anew_where_any_of_their_pixels_is():
+    area = np.zeros((4, 6), "float32")
+    area[1, 3], area[2, 0] = 1.0, 0.25
+    expected = [[0, 1, 0], [0.25, 0, 0]]
+    np.testing.assert_array_equal(latent_area(area, 2), np.reshape(expected, (1, 2, 3, 1)).astype("float32"))
+
+
+def test_grey_of_the_mask_mixes():
+    picture, drawing = np.full((1, 3, 3), 100, "uint8"), np.full((2, 1, 3, 3), 200, "uint8")
+    mixed = np.asarray(blended(picture, drawing, np.array([[0.0, 0.25, 1.0]], "float32")))
+    assert mixed.dtype == np.uint8
+    assert mixed[..., 0].tolist() == [[[100, 125, 200]]] * 2

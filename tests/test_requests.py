@@ -1,0 +1,231 @@
+"""Requests are checked before anything is drawn, and every picture is a file that says what it is."""
+
+import math
+import os
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import generate
+from errors import InputError
+from generate import (
+    Painter,
+    captioned_grid,
+    write_pictures,
+)
+from input_pipeline import read_pictures
+from tests.drawings import (
+    DRAWN_CONFIG,
+    GUIDANCE,
+    INTERVAL,
+    PROMPTS,
+    STEPS,
+    drawn,
+    images,
+    left_half,
+    some_picture,
+)
+
+
+def test_words_that_the_run_does_not_know_are_named_once(run_path, tmp_path, capsys):
+    request = {"steps": 1, "guidance": 1, "out": tmp_path}
+    with pytest.warns(UserWarning) as caught:
+        write_pictures(run_path, ["a zebra in one flower", "Zebra!"], **request)
+    line = f"{run_path} was trained without the words zebra, in: read as <RARE>, any rare word"
+    assert [str(warning.message) for warning in caught] == [line]
+    assert capsys.readouterr().out.startswith("2 pictures and grid.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_pictures(run_path, ["one red flower"], **request)
+    assert capsys.readouterr().out.startswith("1 picture and grid.png")
+
+
+@pytest.mark.parametrize(
+    ("request_", "line"),
+    [
+        ({"prompts": []}, "prompts: received none, expected at least one"),
+        ({"prompts": ["a", " "]}, "prompts: received an empty text in row 1, expected words"),
+        ({"count": 0}, "count: received 0, expected at least 1"),
+        ({"steps": 0}, "steps: received 0, expected at least 1"),
+        ({"seed": 2**63}, f"seed: received {2**63}, expected a number of 64 bits"),
+        ({"guidance": math.nan}, "guidance: received nan, expected a finite number"),
+        ({"guidance": math.inf}, "guidance: received inf, expected a finite number"),
+        (
+            {"interval": (0.7, 0.3)},
+            "interval: received (0.7, 0.3), expected the least and the most time, within 0 to 1",
+        ),
+        ({"rescale": math.nan}, "rescale: received nan, expected 0 to 1"),
+        ({"negative": " "}, "negative: received an empty text, expected words"),
+        ({"strength": -0.5}, "strength: received -0.5, expected more than 0 and at most 1"),
+        ({"strength": math.nan}, "strength: received nan, expected more than 0 and at most 1"),
+        ({"strength": 0.5}, "strength: received without a picture to begin with, expected one"),
+        ({"area": left_half()}, "area: received without a picture to begin with, expected one"),
+        (
+            {"spacing": "linspace"},
+            "spacing: received 'linspace', expected one of uniform, leading, trailing, karras, logsnr-uniform",
+        ),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(painter, request_, line):
+    with pytest.raises(InputError) as refusal:
+        next(generate.generate(painter, **{"prompts": PROMPTS, **request_}))
+    assert str(refusal.value) == line
+
+
+def test_every_picture_is_a_png_that_says_what_it_is(run_path, painter, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\ufeffone red flower\n\n  \ntwo green leaves\r\n", encoding="utf-8")
+    settings = {"count": 2, "seed": 3, "steps": STEPS, "guidance": GUIDANCE, "guidance_interval": INTERVAL}
+    settings |= {"sampler": "dpmpp-2m", "spacing": "karras"}
+    with pytest.warns(UserWarning, match="without the word äther: read as <RARE>"):
+        paths = write_pictures(run_path, ["äther"], prompts, **settings, out=tmp_path / "a" / "b")
+    texts = ["äther", "one red flower", "two green leaves"]
+    assert [path.name for path in paths] == [f"{index:04d}.png" for index in range(6)]
+    expected = drawn(painter, texts, count=2, seed=3, interval=INTERVAL, sampler="dpmpp-2m", spacing="karras")
+    for path, picture in zip(paths, expected, strict=True):
+        with Image.open(path) as file:
+            np.testing.assert_allclose(np.asarray(file).astype(int), picture.image, atol=1)
+            assert file.text == {
+                "prompt": picture.prompt,
+                "seed": str(picture.seed),
+                "sampler": "dpmpp-2m",
+                "spacing": "karras",
+                "steps": "3",
+                "guidance": "2.0",
+                "guidance_interval": "(0.0, 0.5)",
+                "run": str(run_path),
+            }
+    grid = captioned_grid([picture.image for picture in expected], [picture.prompt for picture in expected])
+    with Image.open(tmp_path / "a" / "b" / "grid.png") as file:
+        assert file.size == grid.size
+        np.testing.assert_allclose(np.asarray(file).astype(int), np.asarray(grid), atol=1)
+    assert sorted(os.listdir(tmp_path / "a" / "b")) == [*(path.name for path in paths), "grid.png"]
+    assert f"6 pictures and grid.png in {tmp_path / 'a' / 'b'}" in capsys.readouterr().out
+
+
+def test_a_picture_and_its_mask_are_read_as_for_training(run_path, painter, tmp_path):
+    whole, white = some_picture(side=40)[:, 8:32], np.zeros((40, 24), "uint8")  # 24 x 40 pixels
+    white[:20] = 255
+    Image.fromarray(whole).save(tmp_path / "picture.png")
+    Image.fromarray(white).save(tmp_path / "mask.png")
+    settings = {"steps": 4, "guidance": 1.0, "sampler": "ddim", "spacing": "uniform"}
+    files = {"init_image": tmp_path / "picture.png", "mask": tmp_path / "mask.png"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # not that a mask is grey
+        (path,) = write_pictures(run_path, PROMPTS[:1], **settings, **files, out=tmp_path / "masked")
+    (seen,) = read_pictures([tmp_path / "picture.png"], 16, progress=False)
+    with Image.open(path) as file:
+        picture = np.asarray(file)
+        assert file.text["init_image"] == str(files["init_image"])
+        assert (file.text["mask"], file.text["strength"]) == (str(files["mask"]), "1.0")
+    np.testing.assert_array_equal(
+        picture[12:], seen[12:]
+    )  # the mask's edge is as soft as the resize makes it
+    assert np.abs(picture[:6].astype(int) - seen[:6]).max() > 2
+    (path,) = write_pictures(
+        run_path, PROMPTS[:1], **settings, init_image=files["init_image"], out=tmp_path / "i"
+    )
+    (expected,) = images(drawn(painter, PROMPTS[:1], **settings, picture=seen, strength=0.6))
+    with Image.open(path) as file:
+        assert file.text["strength"] == "0.6"
+        np.testing.assert_allclose(np.asarray(file).astype(int), expected, atol=1)
+
+
+def test_a_negative_prompt_and_the_rescaling_are_in_the_file(run_path, painter, tmp_path):
+    settings = {"steps": STEPS, "guidance": 3.0, "sampler": "ddim", "spacing": "uniform"}
+    with pytest.warns(UserWarning, match="without the word zebra: read as <RARE>"):
+        (path,) = write_pictures(
+            run_path, PROMPTS[:1], **settings, out=tmp_path, negative="a zebra", guidance_rescale=0.5
+        )
+    interval = DRAWN_CONFIG.evaluation.guidance_interval
+    (expected,) = drawn(painter, PROMPTS[:1], **settings, interval=interval, negative="a zebra", rescale=0.5)
+    with Image.open(path) as file:
+        assert (file.text["negative"], file.text["guidance_rescale"]) == ("a zebra", "0.5")
+        np.testing.assert_allclose(np.asarray(file).astype(int), expected.image, atol=1)
+
+
+def test_how_pictures_are_drawn_defaults_to_the_runs(run_path, tmp_path):
+    (path,) = write_pictures(run_path, ["one red flower"], out=tmp_path)
+    with Image.open(path) as file:
+        judged = DRAWN_CONFIG.evaluation
+        for name in ("sampler", "spacing", "steps", "guidance", "guidance_interval"):
+            assert file.text[name] == str(getattr(judged, name))
+
+
+@pytest.mark.parametrize(
+    ("request_", "line"),
+    [
+        ({"prompt": ()}, "prompts: received none"),
+        ({"prompt": ("",)}, "prompts: received an empty text in row 0"),
+        ({"count": 0}, "count: received 0"),
+        ({"steps": 0}, "steps: received 0"),
+        ({"batch_size": 0}, "--batch-size: received 0"),
+        ({"sampler": "plms"}, "--sampler: received 'plms', expected one of ddpm, ddim, euler, "),
+        ({"spacing": "even"}, "--spacing: received 'even', expected one of uniform, leading, "),
+        (
+            {"spacing": "leading", "steps": 1001},
+            "--steps: received 1001 with --spacing leading, expected at most",
+        ),
+        ({"guidance": math.nan}, "guidance: received nan"),
+        ({"guidance_rescale": 1.2}, "--guidance-rescale: received 1.2, expected 0 to 1"),
+        ({"negative": ""}, "--negative: received an empty text, expected words"),
+        ({"strength": 0.5}, "--strength: received 0.5 without --init-image, expected the picture to"),
+        (
+            {"mask": "picture.png"},
+            "--mask: received picture.png without --init-image, expected the picture to",
+        ),
+        (
+            {"init_image": "picture.png", "strength": 1.5},
+            "--strength: received 1.5, expected more than 0 and at",
+        ),
+        (
+            {"init_image": "picture.png", "strength": 0.1, "steps": 4},
+            "--strength: received 0.1 of 4 steps, which is none of them; expected more of either",
+        ),
+        (
+            {"init_image": "picture.png", "mask": "wide.png"},
+            "--mask: received wide.png of 30x20 pixels, expected the 20x20 of --init-image picture.png",
+        ),
+        ({"init_image": "text.png"}, "text.png: cannot be read as a picture"),
+        ({"init_image": "picture.png", "mask": "text.png"}, "text.png: cannot be read as a picture"),
+        (
+            {"negative": "a leaf", "guidance": 1},
+            "--negative: received 'a leaf' with a guidance of 1, which is off",
+        ),
+        ({"guidance_interval": (0.7, 0.3)}, "--guidance-interval: received (0.7, 0.3), expected the least"),
+        ({"guidance_interval": (0.0, math.nan)}, "--guidance-interval: received (0.0, nan)"),
+        ({"prompts": "absent.txt"}, "--prompts: received absent.txt, expected a text file in UTF-8"),
+        ({"run": "absent"}, "absent: received a folder without config.json"),
+    ],
+)
+def test_a_refused_request_writes_nothing(run_path, tmp_path, monkeypatch, request_, line):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (20, 20)).save("picture.png")
+    Image.new("L", (30, 20)).save("wide.png")
+    (tmp_path / "text.png").write_text("no picture")
+    request = {"run": run_path, "prompt": ("one red flower",), "out": tmp_path / "out", **request_}
+    with pytest.raises(InputError) as refusal:
+        write_pictures(**request)
+    assert str(refusal.value).startswith(line)
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_prompts_file_that_is_no_text_is_refused(run_path, tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    with pytest.raises(InputError, match=r"empty\.txt, which is empty; expected a sentence a line"):
+        write_pictures(run_path, prompts=tmp_path / "empty.txt", out=tmp_path / "out")
+    (tmp_path / "prompts.txt").write_bytes(b"\xff\xfe\x00flower\x9d")
+    with pytest.raises(InputError, match="expected a text file in UTF-8"):
+        write_pictures(run_path, prompts=tmp_path / "prompts.txt", out=tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_written_is_refused(run_path, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(Painter, "draw", lambda *request: pytest.fail("refused only after drawing"))
+    with pytest.raises(
+        InputError, match=r"--out: received .*file, which cannot be written \(File exists\); give an"
+    ):
+        write_pictures(run_path, ["one red flower"], out=tmp_path / "file")

@@ -1,0 +1,49 @@
+"""Pictures become PNGs and captioned grids, whole or not at all."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from generate import (
+    Picture,
+    captioned_grid,
+    save_png,
+)
+
+
+def test_the_grid_shows_every_picture_above_its_caption():
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (5, 128, 128, 3)).astype("uint8")
+    sheet = np.asarray(captioned_grid(pictures, ["flower"] * 4 + [" "], columns=3))
+    assert sheet.shape[1] == 3 * 136 + 8
+    top = [row for row in range(sheet.shape[0]) if (sheet[row, 8:136] == pictures[0, 0]).all()]
+    assert top == [8]
+    tile = next(row for row in range(9, sheet.shape[0]) if (sheet[row, 8:136] == pictures[3, 0]).all()) - 8
+    for index, picture in enumerate(pictures):
+        left, upper = 8 + (index % 3) * 136, 8 + (index // 3) * tile
+        np.testing.assert_array_equal(sheet[upper : upper + 128, left : left + 128], picture)
+        has_text = (sheet[upper + 128 : upper + tile - 2, left : left + 128] < 128).any()
+        assert has_text == (index != 4)
+
+
+def test_small_pictures_are_enlarged_and_large_ones_kept():
+    small, large = (np.zeros((side, side, 3), "uint8") for side in (16, 200))
+    assert captioned_grid([small], [""]).size[0] == 128 + 16
+    assert captioned_grid([large], [""]).size[0] == 200 + 16
+
+
+def test_save_png_keeps_any_text(tmp_path):
+    save_png(Picture(np.zeros((4, 4, 3), "uint8"), "ein „roter“ 花", -1), tmp_path / "x.png", note="ü\nb")
+    with Image.open(tmp_path / "x.png") as file:
+        assert file.text == {"prompt": "ein „roter“ 花", "seed": "-1", "note": "ü\nb"}
+
+
+def test_a_picture_whose_writing_is_cut_is_not_there(tmp_path, monkeypatch):
+    def cut(self, file, *arguments, **keywords):
+        file.write(b"half of a picture")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", cut)
+    with pytest.raises(KeyboardInterrupt):
+        save_png(Picture(np.zeros((4, 4, 3), "uint8"), "a flower", 0), tmp_path / "x.png")
+    assert list(tmp_path.iterdir()) == []
