@@ -79,7 +79,7 @@ class VAETrainingConfig:
     """How the autoencoder is trained (`trainer.VAETrainer`)."""
 
     epochs: int = 4  # rounds of `steps_per_epoch`
-    steps_per_epoch: int | None = 350  # None: one pass over the training pictures
+    steps_per_epoch: int | None = 500  # None: one pass over the training pictures
     batch_size: int = 8  # pictures a step, over all devices
     micro_batches: int | None = None  # parts of a batch with gradients added up; None: 2 on a CPU, 1 on GPUs
     optimizer: str = "muon"  # adamw or muon; their learning rates differ
@@ -124,9 +124,9 @@ class EvaluationConfig:
     images: int = 256  # pictures drawn each time KID is measured
     every: int = 11  # epochs between two measurements; the first and the last are measured anyway
     # how pictures are drawn: ddpm, ddim, euler, euler-ancestral, heun, dpmpp-2m, dpmpp-2m-sde, unipc or pndm
-    sampler: str = "ddim"
+    sampler: str = "dpmpp-2m"
     spacing: str = "uniform"  # of the sampler's times: uniform, leading, trailing, karras or logsnr-uniform
-    steps: int = 20  # sampler steps
+    steps: int = 12  # sampler steps
     guidance: float = 4.0  # strength of classifier-free guidance; 1 is off
     guidance_interval: tuple[float, float] = (0.3, 0.7)  # least and most diffusion time to guide at
     batch_size: int = 64  # pictures drawn at once

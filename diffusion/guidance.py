@@ -10,7 +10,7 @@ from diffusion._checks import within
 AXES = (1, 2, 3)  # of a sample
 
 
-def guide(denoise_pair, guidance, rescale=0.0, interval=None):
+def guide(denoise_pair, guidance, rescale=0.0, interval=None, denoise=None):
     """Classifier-free guidance: unconditional + guidance * (conditional - unconditional) (Ho & Salimans 2022).
 
     Args:
@@ -20,6 +20,8 @@ def guide(denoise_pair, guidance, rescale=0.0, interval=None):
         rescale: how far each sample of the result gets back the standard deviation of the conditional prediction (Lin
             et al. 2023, section 3.4; 0.7 there).
         interval: (least, most) time to guide at; elsewhere guidance is 1 (Kynkäänniemi et al. 2024).
+        denoise: `denoise` over the single batch with its context, for the times elsewhere, at half the cost; without it
+            the pair serves.
 
     Returns a `denoise` over the single batch. Raises ValueError on a number that is NaN or out of range.
     """
@@ -27,32 +29,36 @@ def guide(denoise_pair, guidance, rescale=0.0, interval=None):
     def both(x, t):
         return ops.split(denoise_pair(ops.concatenate([x, x], axis=0), t), 2, axis=0)
 
-    return _guided(both, guidance, rescale, interval)
+    return _guided(both, denoise or (lambda x, t: both(x, t)[0]), guidance, rescale, interval)
 
 
 def autoguide(denoise, weak, guidance, rescale=0.0, interval=None):
     """`guide` away from `weak`, a worse model of the same data: smaller, or trained less (Karras et al. 2024)."""
-    return _guided(lambda x, t: (denoise(x, t), weak(x, t)), guidance, rescale, interval)
+    return _guided(lambda x, t: (denoise(x, t), weak(x, t)), denoise, guidance, rescale, interval)
 
 
-def _guided(both, guidance, rescale, interval):
+def _guided(both, alone, guidance, rescale, interval):
     within("guidance", guidance, -1e6, 1e6)
     within("rescale", rescale, 0, 1)
     for edge in interval or ():
         within("guidance interval", edge, 0, 1)
 
-    def denoise(x, t):
+    def guided(x, t):
         wanted, other = both(x, t)
-        strength = guidance
-        if interval is not None:
-            strength = ops.where(ops.logical_and(t >= interval[0], t <= interval[1]), guidance, 1.0)
-        guided = other + strength * (wanted - other)
+        led = other + guidance * (wanted - other)
         if isinstance(rescale, (int, float)) and not rescale:
-            return guided
-        ratio = ops.std(wanted, axis=AXES, keepdims=True) / ops.std(guided, axis=AXES, keepdims=True)
-        return guided * (rescale * ratio + (1.0 - rescale))
+            return led
+        ratio = ops.std(wanted, axis=AXES, keepdims=True) / ops.std(led, axis=AXES, keepdims=True)
+        return led * (rescale * ratio + (1.0 - rescale))
 
-    return denoise
+    if interval is None:
+        return guided
+
+    def guided_within(x, t):
+        inside = ops.logical_and(t >= interval[0], t <= interval[1])
+        return ops.cond(inside, lambda: guided(x, t), lambda: alone(x, t))
+
+    return guided_within
 
 
 def threshold(denoise, share=0.995, limit=1.0):

@@ -15,6 +15,7 @@ from diffusion.samplers import SAMPLERS, STOCHASTIC
 from diffusion.times import last_times, sampling_times
 from input_pipeline import to_pixels
 
+ALWAYS = (0.0, 1.0)  # the interval of all diffusion times
 NOISE_KEY = 0x6E6F6973  # tells the noise of pictures from every other stateless draw
 
 
@@ -37,7 +38,7 @@ class Drawing(NamedTuple):
 
     steps: int = 20
     guidance: float = 2.5
-    interval: tuple[float, float] = (0.0, 1.0)
+    interval: tuple[float, float] = ALWAYS
     sampler: str = "ddim"
     spacing: str = "uniform"
     negative: np.ndarray | str | None = None
@@ -80,6 +81,7 @@ class Painter:
         self._picture = tf.TensorSpec([image_size, image_size, 3], tf.uint8)
         self._area = tf.TensorSpec([image_size, image_size], tf.float32)
         self._compiled = {}
+        self._denoised = tf.function(self._predict)  # traced once, for both cases within and without guidance
 
     def draw(self, tokens, seeds, progress=None, **settings):
         """Draws one picture a row, lazily.
@@ -100,7 +102,15 @@ class Painter:
         negative = vocabulary.empty() if asked.negative is None else asked.negative
         other = np.broadcast_to(negative, tokens.shape)
         begun, masked = asked.picture is not None and asked.strength < 1, asked.area is not None
-        draw = self.compiled(asked.sampler, asked.guidance != 1, asked.rescale != 0, begun, masked)
+        guided, within = asked.guidance != 1, tuple(asked.interval) != ALWAYS
+        draw = self.compiled(
+            asked.sampler,
+            guided,
+            within=guided and within,
+            rescaled=asked.rescale != 0,
+            begun=begun,
+            masked=masked,
+        )
         numbers = [times, asked.guidance, asked.interval, asked.rescale]
         numbers += [asked.picture] * (begun or masked) + [asked.area] * masked
         silent = None if progress else True  # None: silent where standard error is no terminal
@@ -111,16 +121,21 @@ class Painter:
                 yield from np.asarray(draw(*text, seeds[rows], *numbers))
                 bar.update(len(tokens[rows]))
 
-    def compiled(self, sampler, guided, rescaled=False, begun=False, masked=False):
+    def compiled(self, sampler, guided, *, within=False, rescaled=False, begun=False, masked=False):
         """The drawing of a batch as one `tf.function`, which serves every batch size and number of steps."""
-        kind = sampler, guided, rescaled, begun, masked
+        kind = sampler, guided, within, rescaled, begun, masked
         if kind not in self._compiled:
             draw = functools.partial(
-                self._draw, sampler=sampler, guided=guided, rescaled=rescaled, begun=begun
+                self._draw, sampler=sampler, guided=guided, within=within, rescaled=rescaled, begun=begun
             )
             more = [self._picture] * (begun or masked) + [self._area] * masked
             self._compiled[kind] = tf.function(draw, input_signature=self._signature + more)
         return self._compiled[kind]
+
+    def _predict(self, x, t, context, mask):
+        """The predicted clean latents (B, h, w, C), each of its own time (B,)."""
+        _, _, unet, process, _ = self.networks
+        return process.denoised(unet([process.scaled(x, t), t, context, mask]), x, t)
 
     def _draw(self, tokens, mask, other, other_mask, seeds, *settings, **kind):
         def draw(*rows):
@@ -145,18 +160,17 @@ class Painter:
         *,
         sampler,
         guided,
+        within,
         rescaled,
-        begun=False,
+        begun,
     ):
-        vae, text_encoder, unet, process, _ = self.networks
-        context = text_encoder([tokens, mask])
-        if guided:
-            context = ops.concatenate([context, text_encoder([other, other_mask])], axis=0)
-            mask = ops.concatenate([mask, other_mask], axis=0)
+        vae, text_encoder, _, process, _ = self.networks
 
-        def denoise(x, t):
-            t = ops.broadcast_to(t, ops.shape(x)[:1])
-            return process.denoised(unet([process.scaled(x, t), t, context, mask]), x, t)
+        def denoiser(context, mask):
+            return lambda x, t: self._denoised(x, ops.broadcast_to(t, ops.shape(x)[:1]), context, mask)
+
+        context = text_encoder([tokens, mask])
+        denoise = denoiser(context, mask)
 
         def step_noise(k):
             return noise_of(seeds, self.latent_shape, k + 1)
@@ -164,7 +178,10 @@ class Painter:
         known = None if picture is None else vae.encode(to_pixels(picture)[None])[0]
         noise = process.start(noise_of(seeds, self.latent_shape), times[0], known if begun else None)
         if guided:
-            denoise = guide(denoise, guidance, rescale if rescaled else 0.0, tf.unstack(interval))
+            contexts = ops.concatenate([context, text_encoder([other, other_mask])], axis=0)
+            pair = denoiser(contexts, ops.concatenate([mask, other_mask], axis=0))
+            rescale = rescale if rescaled else 0.0
+            denoise = guide(pair, guidance, rescale, tf.unstack(interval) if within else None, denoise)
         if area is not None:
             denoise = inpaint(denoise, known, latent_area(area, vae.factor))
         if sampler in STOCHASTIC:
