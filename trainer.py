@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras import ops
 
 import parallel
-from diffusion.targets import diffuse
+from diffusion.targets import diffuse, perturbed
 from generate import Networks, Painter, captioned_grid, to_images
 from metrics import KID
 from model.vae import kl_divergence, sample_posterior
@@ -175,9 +175,12 @@ class LatentDiffusionTrainer(_Trainer):
         draw: keywords of `Painter.draw` for previews and validation, such as `generate.drawing` gives.
         draw_batch: pictures drawn at once.
         micro_batches: see `_Trainer`.
+        offset_noise: strength of the batch's `offset_noise` (B, 1, 1, C) in the noise of training.
+        input_perturbation: strength of its `input_noise` (B, h, w, C) in what the U-Net sees of that noise; see
+            `diffusion.targets.perturbed` for both.
 
     Batches are those of `input_pipeline.latent_batches`: `latents`, `noise` (B, h, w, C), `diffusion_times` (B,),
-    `tokens` (B, T) or `context` (B, T, D), `mask` (B, T).
+    `tokens` (B, T) or `context` (B, T, D), `mask` (B, T), and the two noises above where their strengths are not 0.
     """
 
     def __init__(
@@ -192,6 +195,8 @@ class LatentDiffusionTrainer(_Trainer):
         draw=None,
         draw_batch=64,
         micro_batches=None,
+        offset_noise=0.0,
+        input_perturbation=0.0,
     ):
         super().__init__("latent_diffusion_trainer", micro_batches)
         self.unet, self.text_encoder = networks.unet, networks.text_encoder
@@ -201,6 +206,7 @@ class LatentDiffusionTrainer(_Trainer):
         self.painter = Painter(averaged, image_size, draw_batch)
         self.kid_metric, self.kid_images, self.kid_tokens = kid, kid_images, kid_tokens
         self.draw_settings = draw or {}
+        self.offset_noise, self.input_perturbation = offset_noise, input_perturbation
         self.kid_due = True
         self.built = True
 
@@ -225,7 +231,12 @@ class LatentDiffusionTrainer(_Trainer):
     def sample_losses(self, batch, training):
         """The loss of each sample, (B,): its error in the process' target, as the process weighs and measures it."""
         latents, noise, times = batch["latents"], batch["noise"], batch["diffusion_times"]
-        noisy = self.process.scaled(diffuse(latents, noise, *self.diffusion_schedule(times)), times)
+        if training and self.offset_noise:
+            noise = perturbed(noise, batch["offset_noise"], self.offset_noise)
+        seen = noise
+        if training and self.input_perturbation:
+            seen = perturbed(noise, batch["input_noise"], self.input_perturbation)
+        noisy = self.process.scaled(diffuse(latents, seen, *self.diffusion_schedule(times)), times)
         if self.train_text_encoder:
             context = self.text_encoder([batch["tokens"], batch["mask"]], training=training)
         else:

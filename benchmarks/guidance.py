@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from errors import InputError
 from evaluate import follows_captions
-from generate import Painter, load
+from generate import Painter, drawing, load
 from input_pipeline import load_data, read_pictures, split
 from metrics import kid
 from model.perceptual import FeatureNetwork
@@ -38,17 +38,25 @@ class Options:
     count: int = 256  # pictures for each figure
 
 
+def of_paper_flowers(run):
+    """(networks, config, data, ids of the held-out pictures, these pictures) of a run of paper flowers.
+
+    Raises:
+        InputError: it has no trained U-Net, or other data.
+    """
+    networks, config = load(run)
+    data = load_data(config.data)
+    if data.test_tokens is None or not (Path(config.data) / "attributes.csv").is_file():
+        raise InputError(f"--run: received {run}, expected a run that was trained on paper flowers")
+    _, held_out = split(len(data.paths), config.training.validation_fraction, config.seed)
+    pictures = read_pictures([data.paths[row] for row in held_out], config.image_size, progress=False)
+    return networks, config, data, held_out, pictures
+
+
 def main(options):
     """Prints the table; returns the exit code, 2 for what the user gave."""
     try:
-        networks, config = load(options.run)
-        data = load_data(config.data)
-        if data.test_tokens is None or not (Path(config.data) / "attributes.csv").is_file():
-            raise InputError(
-                f"--run: received {options.run}, expected a run that was trained on paper flowers"
-            )
-        _, held_out = split(len(data.paths), config.training.validation_fraction, config.seed)
-        pictures = read_pictures([data.paths[row] for row in held_out], config.image_size, progress=False)
+        networks, config, data, held_out, pictures = of_paper_flowers(options.run)
     except InputError as error:
         print(f"guidance: {error}", file=sys.stderr)
         return 2
@@ -63,7 +71,7 @@ def main(options):
         "| guidance | from | to | KID | petal colour | centre colour | petals |\n|---|---|---|---|---|---|---|"
     )
     for guidance, interval in SETTINGS:
-        settings = {"steps": judge.steps, "guidance": guidance, "interval": interval}
+        settings = drawing(config, guidance=guidance, interval=interval)
         drawn = np.stack(list(painter.draw(tokens, np.arange(len(tokens)), **settings)))
         right = follows_captions(painter, tests, 1000, **settings)
         shares = " | ".join(f"{right[name]:.1%}" for name in ("petal_color", "center_color", "petals"))

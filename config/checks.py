@@ -149,6 +149,8 @@ def _largest_values(config):
 def _fractions(config):
     yield "training.ema", config.training.ema, 1
     yield "training.caption-dropout", config.training.caption_dropout, 1
+    yield "training.offset-noise", config.training.offset_noise, 1
+    yield "training.input-perturbation", config.training.input_perturbation, 1
     yield "training.validation-fraction", config.training.validation_fraction, LARGEST_VALIDATION_FRACTION
     yield "augmentation.brightness", config.augmentation.brightness, 1
     yield "augmentation.contrast", config.augmentation.contrast, 1

@@ -79,7 +79,7 @@ class VAETrainingConfig:
     """How the autoencoder is trained (`trainer.VAETrainer`)."""
 
     epochs: int = 4  # rounds of `steps_per_epoch`
-    steps_per_epoch: int | None = 500  # None: one pass over the training pictures
+    steps_per_epoch: int | None = 350  # None: one pass over the training pictures
     batch_size: int = 8  # pictures a step, over all devices
     micro_batches: int | None = None  # parts of a batch with gradients added up; None: 2 on a CPU, 1 on GPUs
     optimizer: str = "muon"  # adamw or muon; their learning rates differ
@@ -111,6 +111,12 @@ class TrainingConfig:
     latent_crops: int = 1  # crops of each picture in the cache of latents, when augmentation crops
     ema: float = 0.998  # decay of the averaged network, after its warm-up
     caption_dropout: float = 0.1  # share of captions left out, for guidance
+    offset_noise: float = (
+        0.0  # strength of added noise that a whole channel shares, to learn brightness; 0.1 is usual
+    )
+    input_perturbation: float = (
+        0.0  # strength of added noise that the U-Net sees but is not asked for; 0.1 is usual
+    )
     validation_fraction: float = 0.125  # share of the pictures held out of training
 
 

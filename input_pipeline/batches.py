@@ -68,6 +68,8 @@ def latent_batches(
     start_step=0,
     context=None,
     ids=None,
+    offset_noise=False,
+    input_noise=False,
 ):
     """Batches for the diffusion model, from cached latents.
 
@@ -82,6 +84,8 @@ def latent_batches(
         start_step: As for `picture_batches`.
         context: `TextContext` of a frozen text encoder, or None.
         ids: The pictures to use; default all.
+        offset_noise, input_noise: Whether batches carry `offset_noise` float32 (B, 1, 1, C) and `input_noise` like
+            `noise`, both standard normal, for `trainer.LatentDiffusionTrainer`.
 
     Returns:
         Infinite tf.data.Dataset of dicts: `latents`, of the posterior, and `noise`, float32 (B, h, w, C); `tokens`
@@ -99,7 +103,12 @@ def latent_batches(
         variant = draw.below(n_variants, "variant")
         caption = draw.below(tf.gather(n_captions, sample_ids), "caption")
         dropped = draw.uniform("caption dropout") < caption_dropout
-        return {
+        more = {}
+        if offset_noise:
+            more["offset_noise"] = draw.normal([1, 1, shape[-1]], "offset noise")
+        if input_noise:
+            more["input_noise"] = draw.normal(shape, "input noise")
+        return more | {
             "latents": latents_of(sample_ids, variant, draw.normal(shape, "posterior")),
             **text_of(sample_ids, caption, dropped),
             "noise": draw.normal(shape, "noise"),

@@ -84,6 +84,8 @@ def trained_diffusion(config, run, data, vae, latents, features, text, strategy,
             times=training_times(stage.times, trainer.process),
             start_step=step,
             ids=data.train_ids,
+            offset_noise=bool(stage.offset_noise),
+            input_noise=bool(stage.input_perturbation),
             **stream,
         ),
         pipeline.validation_batches(latents, ids=data.validation_ids, **stream),
@@ -109,6 +111,8 @@ def _trainer(config, data, vae, features, text):
         draw=drawing(config),
         draw_batch=judge.batch_size,
         micro_batches=config.training.micro_batches,
+        offset_noise=config.training.offset_noise,
+        input_perturbation=config.training.input_perturbation,
     )
 
 

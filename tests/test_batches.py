@@ -1,6 +1,7 @@
 """Batches are pure functions of (seed, step): each promise is compared with what it is drawn from."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -192,6 +193,20 @@ def test_noise_is_standard_normal_and_apart_from_the_posteriors(latents, caption
     mean = take(latents_of(certain(latents), captions, batch_size=64), 40)
     posterior = np.concatenate([a["latents"] - b["latents"] for a, b in zip(pairs, mean, strict=True)])
     assert abs(np.corrcoef(noise.ravel(), posterior.ravel())[0, 1]) < 0.025  # 4 standard errors
+
+
+def test_further_noises_are_standard_normal_and_change_nothing_else(latents, captions):
+    plain = take(latents_of(latents, captions, batch_size=64), 40)
+    more = take(latents_of(latents, captions, batch_size=64, offset_noise=True, input_noise=True), 40)
+    for name, shape in (("offset_noise", (64, 1, 1, SHAPE[-1])), ("input_noise", (64, *SHAPE))):
+        assert {batch[name].shape for batch in more} == {shape}
+        own = np.concatenate([batch.pop(name) for batch in more])
+        error = 4 / math.sqrt(own.size)  # 4 standard errors
+        assert abs(own.mean()) < error and abs(own.std() - 1) < error
+        noise = np.broadcast_to(np.concatenate([batch["noise"] for batch in plain]), (len(own), *SHAPE))
+        alike = np.corrcoef(np.broadcast_to(own, noise.shape).ravel(), noise.ravel())[0, 1]
+        assert abs(alike) < error
+    assert_equal(more, plain)
 
 
 def test_captions_are_of_the_picture_and_dropped_ones_are_empty(latents, captions):

@@ -6,8 +6,10 @@ import os
 import numpy as np
 import pytest
 
-from benchmarks import paper_flowers
+from benchmarks import paper_flowers, samplers
 from benchmarks.paper_flowers import Options, main
+from diffusion.samplers import SAMPLERS
+from diffusion.schedule import Process
 from generate import Painter, load
 from input_pipeline import load_data, read_pictures
 from metrics import psnr
@@ -100,3 +102,37 @@ def test_a_run_on_other_data_is_refused(finished, photographs, tmp_path, capsys)
     (folder / "config.json").write_text(json.dumps(config))
     line = refusal(capsys, run=str(folder))
     assert line.startswith(f"--run: received {folder}, whose data {photographs} are no paper flowers")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "guidance", "interval", "evaluations"),
+    [
+        ("ddim", 4, 1.0, (0.0, 1.0), 4),
+        ("ddim", 4, 3.0, (0.0, 1.0), 8),
+        ("dpmpp-2m", 4, 3.0, (0.3, 0.8), 6),  # at times 1, 0.75, 0.5 and 0.25
+        ("heun", 4, 3.0, (0.0, 1.0), 14),
+    ],
+)
+def test_evaluations_count_twice_where_guidance_acts(sampler, steps, guidance, interval, evaluations):
+    settings = {"steps": steps, "guidance": guidance, "interval": interval, "spacing": "uniform"}
+    assert samplers.asked(Process(), sampler, settings) == pytest.approx(evaluations)
+
+
+def test_every_sampler_is_measured_and_plotted(finished, tmp_path, monkeypatch, capsys):
+    chosen = {name: SAMPLERS[name] for name in ("ddim", "heun")}
+    monkeypatch.setattr(samplers, "SAMPLERS", chosen)
+    plotted = tmp_path / "plot.png"
+    options = samplers.Options(str(finished[0]), count=4, steps=(1, 2), reference=3, plot=str(plotted))
+    assert samplers.main(options) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split(" | ")[:2] for line in lines] == [
+        ["| ddim", "3"],
+        *([f"| {name}", str(steps)] for name in chosen for steps in (1, 2)),
+    ]
+    assert plotted.read_bytes().startswith(b"\x89PNG")
+
+
+def test_samplers_of_what_is_no_run_are_refused(tmp_path, capsys):
+    assert samplers.main(samplers.Options(str(tmp_path / "none"))) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("samplers: ") and printed.err.count("\n") == 1

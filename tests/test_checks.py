@@ -123,6 +123,8 @@ REFUSED = [
         "expected a multiple of 4",
     ),
     ({"training__ema": 1.01}, "--training.ema: received 1.01, expected 0 to 1"),
+    ({"training__offset_noise": -0.1}, "--training.offset-noise: received -0.1, expected 0 to 1"),
+    ({"training__input_perturbation": 1.1}, "--training.input-perturbation: received 1.1, expected 0 to 1"),
     ({"training__caption_dropout": -0.1}, "--training.caption-dropout: received -0.1, expected 0 to 1"),
     (
         {"training__validation_fraction": math.nan},

@@ -104,6 +104,24 @@ def test_rescaled_guidance_has_the_spread_of_the_conditional_prediction(guidance
         np.testing.assert_allclose(most, conditional, rtol=1e-5, atol=1e-6)
 
 
+def test_outside_its_interval_guidance_asks_about_the_context_alone():
+    asked = []
+
+    def pair(x, t):
+        asked.append("pair")
+        return denoise_pair(x, t)
+
+    def alone(x, t):
+        asked.append("alone")
+        return x * t + CONDITIONAL
+
+    x, within = normal(3, 2, 2, 1), guide(pair, 4.0, interval=(0.3, 0.6), denoise=alone)
+    both = guide(denoise_pair, 4.0, interval=(0.3, 0.6))
+    for t in (0.2, 0.3, 0.5, 0.6, 0.7):
+        np.testing.assert_allclose(within(x, t), both(x, t), rtol=1e-6)
+    assert asked == ["alone", "pair", "pair", "pair", "alone"]
+
+
 def test_guidance_keeps_to_its_interval():
     x = normal(3, 2, 2, 1)
     inside = guide(denoise_pair, 4.0, interval=(0.3, 0.6))

@@ -23,23 +23,19 @@ from input_pipeline import (
 from metrics import KID, kid, psnr
 from model.vae import AutoencoderKL
 from optimizers import adamw, is_matrix, muon
+from tests.batches import IMAGE_SIZE, LATENT_SHAPE, distance, rates, tensors
 from trainer import LatentDiffusionTrainer, VAETrainer, reconstruct
 
-IMAGE_SIZE, LATENT_SHAPE = 16, (8, 8, 2)
 STEPS, BATCH = 4, 8
+
+
 EMA = 0.3  # so small that the warm-up (1 + step) / (10 + step) passes it within the few steps
+
+
 CLIP_NORM = 0.05
+
+
 REAL = np.random.default_rng(0).integers(0, 256, (7, IMAGE_SIZE, IMAGE_SIZE, 3)).astype("uint8")
-
-
-def rates(times):
-    """(noise rates, signal rates) of the default schedule by its definition: angles linear in the time."""
-    angles = math.acos(0.95) + np.reshape(times, (-1, 1, 1, 1)) * (math.acos(0.02) - math.acos(0.95))
-    return np.sin(angles), np.cos(angles)
-
-
-def tensors(batch):
-    return {name: tf.convert_to_tensor(value) for name, value in batch.items()}
 
 
 def arrays(variables):
@@ -50,9 +46,6 @@ def largest_difference(one, other):
     """Of two lists of arrays, relative to the largest value of each."""
     assert len(one) == len(other) > 0
     return max(np.abs(a - b).max() / np.abs(a).max() for a, b in zip(one, other, strict=True))
-
-
-# Both trainers, on one replica and on two.
 
 
 class Colours:
@@ -133,11 +126,6 @@ def fit_diffusion(strategy, light_networks, micro_batches, optimizer=adamw):
     return two_epochs(trainer, training, validation)._replace(averaged_before=averaged)
 
 
-def distance(pixels, others):
-    """A stand-in for the perceptual distance."""
-    return tf.reduce_max(tf.square(pixels - others), axis=(1, 2, 3))
-
-
 class LightVAE(keras.Model):
     """What the trainer asks of an autoencoder, with few variables."""
 
@@ -185,6 +173,8 @@ def trained(two_replicas, light_networks):
 
 
 each_kind = pytest.mark.parametrize("kind", ["diffusion", "diffusion by muon", "vae"])
+
+
 each_number = pytest.mark.parametrize("replicas", [1, 2])
 
 
@@ -289,43 +279,6 @@ def test_validation_is_the_mean_over_the_real_pictures(trained, kind, replicas):
         assert run.history[f"val_{name}"][-1] == pytest.approx(float(np.mean(losses)), rel=1e-4, abs=1e-7)
 
 
-# The autoencoder's losses.
-
-
-@pytest.mark.parametrize("recon_loss", ["l1", "mse"])
-def test_the_autoencoders_losses_are_their_formulas(toy_networks, recon_loss):
-    vae, rng = toy_networks().vae, np.random.default_rng(0)
-    pixels = rng.uniform(-1, 1, (3, IMAGE_SIZE, IMAGE_SIZE, 3)).astype("float32")
-    noise = rng.normal(size=(3, *LATENT_SHAPE)).astype("float32")
-    losses = VAETrainer(vae, recon_loss, 0.3, distance, 0.7).sample_losses(
-        {"pixels": pixels, "posterior_noise": noise}, training=False
-    )
-    mean, logvar = np.split(np.asarray(vae.encoder(pixels), "float64"), 2, axis=-1)
-    rebuilt = np.asarray(vae.decoder((mean + np.exp(logvar / 2) * noise).astype("float32")))
-    error = rebuilt - pixels
-    recon = (np.abs(error) if recon_loss == "l1" else error**2).mean((1, 2, 3))
-    kl = 0.5 * (mean**2 + np.exp(logvar) - 1 - logvar).mean((1, 2, 3))
-    far = (error**2).max((1, 2, 3))
-    expected = {"recon_loss": recon, "kl_loss": kl, "perceptual_loss": far}
-    expected["loss"] = recon + 0.3 * kl + 0.7 * far
-    assert losses.keys() == expected.keys()
-    for name, values in expected.items():
-        np.testing.assert_allclose(losses[name], values, rtol=1e-4, err_msg=name)
-
-
-def test_without_its_weight_the_perceptual_loss_is_left_out(toy_networks):
-    trainer = VAETrainer(toy_networks().vae, perceptual=None)
-    batch = {"pixels": np.zeros((1, 16, 16, 3), "float32"), "posterior_noise": np.zeros((1, *LATENT_SHAPE))}
-    losses = trainer.sample_losses(batch, training=False)
-    assert float(losses["perceptual_loss"][0]) == 0.0
-    np.testing.assert_allclose(losses["loss"], losses["recon_loss"] + 1e-4 * losses["kl_loss"], rtol=1e-6)
-
-
-def test_an_unknown_reconstruction_loss_is_refused(toy_networks):
-    with pytest.raises(ValueError, match="Received: 'l3'"):
-        VAETrainer(toy_networks().vae, recon_loss="l3")
-
-
 def test_reconstruction_does_not_depend_on_the_batch(toy_networks):
     vae = toy_networks().vae
     images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3)).astype("uint8")
@@ -337,101 +290,15 @@ def test_reconstruction_does_not_depend_on_the_batch(toy_networks):
     assert psnr(rebuilt, reconstruct(vae, images)).value > 45
 
 
-# Diffusion.
-
-
-def diffusion_batch(times=(0.1, 0.4, 0.9)):
-    """A batch of three for the diffusion trainer, without its text's embeddings."""
-    clean, noise = np.random.default_rng(0).normal(size=(2, 3, *LATENT_SHAPE)).astype("float32")
-    tokens = np.array([[1, 2, 3, 10, 10, 10, 10]] * 3, "int32")
-    times = np.array(times, "float32")
-    return {"latents": clean, "noise": noise, "diffusion_times": times, "tokens": tokens, "mask": tokens < 10}
-
-
-@pytest.mark.parametrize("target", ["noise", "image", "velocity"])
-def test_the_diffusion_loss_is_its_formula(toy_networks, target):
-    trainer = LatentDiffusionTrainer(toy_networks(target=target), IMAGE_SIZE)
-    batch = diffusion_batch(times=(0.0, 0.4, 1.0))
-    clean, noise, times, tokens = (batch[name] for name in ("latents", "noise", "diffusion_times", "tokens"))
-    n, s = rates(times)
-    noisy = (s * clean + n * noise).astype("float32")
-    mask = tf.constant(tokens < 10)
-    context = trainer.text_encoder([tf.constant(tokens), mask])
-    prediction = np.asarray(trainer.unet([tf.constant(noisy), tf.constant(times), context, mask]))
-    wanted = {"noise": noise, "image": clean, "velocity": s * noise - n * clean}[target]
-    expected = ((prediction - wanted) ** 2).mean((1, 2, 3))
-    np.testing.assert_allclose(
-        trainer.sample_losses(tensors(batch), training=False)["loss"], expected, rtol=1e-4
-    )
-    # A frozen text encoder's embeddings come with the batch and give the same.
-    frozen = LatentDiffusionTrainer(toy_networks(target=target), IMAGE_SIZE, train_text_encoder=False)
-    del batch["tokens"]
-    losses = frozen.sample_losses(tensors({**batch, "context": context}), training=False)
-    np.testing.assert_allclose(losses["loss"], expected, rtol=1e-4)
-    assert [variable.path for variable in frozen.trained_variables] == [
-        variable.path for variable in frozen.unet.trainable_variables
-    ]
-
-
-# (settings, (noise rate, signal rate) of t, the target of (x_0, e, n, s), the weight of (n, s), the error's distance)
-PROCESSES = {
-    "flow": (
-        {"target": "flow", "schedule": "flow", "shift": 3.0},
-        lambda t: (t, 1 - t),
-        lambda x, e, n, s: e - x,
-        lambda n, s: 1,
-        np.square,
-    ),
-    "min-snr": (
-        {"target": "noise", "weight": "min-snr", "snr_cap": 2.0},
-        rates,
-        lambda x, e, n, s: e,
-        lambda n, s: np.minimum((s / n) ** 2, 2.0) / (s / n) ** 2,
-        np.square,
-    ),
-    "min-snr of the velocity": (
-        {"target": "velocity", "weight": "min-snr"},
-        rates,
-        lambda x, e, n, s: s * e - n * x,
-        lambda n, s: np.minimum((s / n) ** 2, 5.0) / ((s / n) ** 2 + 1),
-        np.square,
-    ),
-    "edm": (  # Karras et al. 2022, table 1, at a deviation of 1
-        {"target": "edm", "schedule": "edm", "weight": "edm", "loss": "mae"},
-        lambda t: ((0.002 ** (1 / 7) + t * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7, np.ones_like(t)),
-        lambda x, e, n, s: (x - (x + n * e) / (n**2 + 1)) * np.sqrt(n**2 + 1) / n,
-        lambda n, s: 1,
-        np.abs,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PROCESSES)
-def test_the_diffusion_loss_is_that_of_the_process(toy_networks, name):
-    settings, rates_of, target_of, weight_of, distance_of = PROCESSES[name]
-    trainer, batch = LatentDiffusionTrainer(toy_networks(**settings), IMAGE_SIZE), diffusion_batch()
-    x, e = batch["latents"].astype("float64"), batch["noise"].astype("float64")
-    n, s = rates_of(batch["diffusion_times"].astype("float64").reshape(-1, 1, 1, 1))
-    noisy = s * x + n * e
-    if settings["target"] == "edm":
-        noisy /= np.sqrt(n**2 + 1)  # c_in
-    given = tensors(batch)
-    context = trainer.text_encoder([given["tokens"], given["mask"]])
-    inputs = [tf.constant(noisy.astype("float32")), given["diffusion_times"], context, given["mask"]]
-    error = np.asarray(trainer.unet(inputs)) - target_of(x, e, n, s)
-    expected = np.mean(weight_of(n, s) * distance_of(error), axis=(1, 2, 3))
-    losses = trainer.sample_losses(given, training=False)
-    np.testing.assert_allclose(losses["loss"], expected, rtol=1e-4)
-
-
 @pytest.mark.parametrize("name", ["flow", "edm"])
 def test_a_picture_starts_and_ends_by_the_rates_of_its_process(toy_networks, name):
     networks, asked = toy_networks(target=name, schedule=name), []
     painter = Painter(networks, IMAGE_SIZE)
     painter.networks = networks._replace(unet=lambda inputs: asked.append(inputs) or networks.unet(inputs))
+    painter._denoised = painter._predict  # not traced, so that what is asked can be read
     seeds, tokens = tf.constant([3], tf.int64), captions()[0][:1]
     text, times = (tf.constant(tokens), tf.constant(tokens < 10)), tf.constant([1.0, 0.0])
-    kind = {"sampler": "ddim", "guided": False, "rescaled": False}
+    kind = {"sampler": "ddim", "guided": False, "within": False, "rescaled": False, "begun": False}
     drawn = painter._draw_part(*text, *text, seeds, times, 1.0, None, 0.0, **kind)
     # The network is first asked about pure noise, of unit variance also for EDM, whose noise rate there is 80.
     noise, deviation = np.asarray(noise_of(seeds, LATENT_SHAPE)), math.sqrt(80**2 + 1)
