@@ -22,9 +22,8 @@ LOSSES = ("mse", "mae", "huber")
 TIMES = ("uniform", "logit_normal", "log_normal", "mixed")
 SAMPLERS = ("ddpm", "ddim", "euler", "euler-ancestral", "heun", "dpmpp-2m", "dpmpp-2m-sde", "unipc", "pndm")
 SPACINGS = ("uniform", "leading", "trailing", "karras", "logsnr-uniform")
-GRID_STEPS = (
-    1000  # most steps of the spacings leading and trailing, which take them from the discrete chain's
-)
+# Most steps of the spacings leading and trailing, which take them from the discrete chain's.
+GRID_STEPS = 1000
 PROCESS_RANGE = (1e-3, 1e3)  # of the shift and the SNR's cap
 
 

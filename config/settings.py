@@ -111,12 +111,8 @@ class TrainingConfig:
     latent_crops: int = 1  # crops of each picture in the cache of latents, when augmentation crops
     ema: float = 0.998  # decay of the averaged network, after its warm-up
     caption_dropout: float = 0.1  # share of captions left out, for guidance
-    offset_noise: float = (
-        0.0  # strength of added noise that a whole channel shares, to learn brightness; 0.1 is usual
-    )
-    input_perturbation: float = (
-        0.0  # strength of added noise that the U-Net sees but is not asked for; 0.1 is usual
-    )
+    offset_noise: float = 0.0  # strength of added noise that a whole channel shares; 0.1 is usual
+    input_perturbation: float = 0.0  # strength of noise that the U-Net sees but is not asked for
     validation_fraction: float = 0.125  # share of the pictures held out of training
 
 

@@ -32,6 +32,8 @@ TINY = {
     "training.optimizer": "muon",
     "training.learning-rate": 0.003,
     "training.times": "logit_normal",
+    "training.offset-noise": 0.1,
+    "training.input-perturbation": 0.1,
     "epochs": EPOCHS,
     "training.steps-per-epoch": STEPS,
     "batch-size": 8,
