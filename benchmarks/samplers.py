@@ -38,7 +38,10 @@ class Options:
 
 
 def asked(process, sampler, settings):
-    """Evaluations of the U-Net for a picture, those with guidance counted as two."""
+    """Evaluations of the U-Net for a picture, those with guidance counted as two.
+
+    The share with guidance is that of the times, which Heun's method asks about twice but for the first.
+    """
     times = sampling_times(process, settings["steps"], settings["spacing"]).numpy()[:-1]
     least, most = settings["interval"]
     twice = np.sum((times >= least) & (times <= most)) if settings["guidance"] != 1 else 0

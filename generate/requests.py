@@ -143,29 +143,33 @@ def write_pictures(
         raise InputError(f"--batch-size: received {batch_size}, expected at least 1")
     texts = [*prompt, *(_read_prompts(prompts) if prompts else ())]
     networks, config = load(run)
-    settings = {"sampler": sampler, "spacing": spacing, "steps": steps, "guidance": guidance}
-    settings |= {"interval": guidance_interval, "rescale": guidance_rescale, "negative": negative}
-    settings = drawing(config, **settings)
-    settings |= begun_with(init_image, mask, strength, config.image_size)
+    given = {"sampler": sampler, "spacing": spacing, "steps": steps, "guidance": guidance}
+    given |= {"interval": guidance_interval, "rescale": guidance_rescale, "negative": negative}
+    settings = drawing(config, **given) | begun_with(init_image, mask, strength, config.image_size)
     _check_request(texts, count, seed, **settings, flag="--")
-    unknown = networks.vocabulary.unknown(texts if negative is None else [*texts, negative])
-    if unknown:
-        warnings.warn(
-            f"{run} was trained without the word{'s' * (len(unknown) != 1)} {', '.join(unknown)}: "
-            f"read as {RARE}, any rare word",
-            stacklevel=2,
-        )
+    _warn_of_unknown(run, networks.vocabulary, texts if negative is None else [*texts, negative])
     painter = Painter(networks, config.image_size, batch_size)
-    written = _written(settings, init_image=init_image, mask=mask)
     try:
         pictures = generate(painter, texts, count, seed, progress="drawing", **settings)
-        paths = _save_all(pictures, Path(out), **written, run=run)
+        paths = _save_all(
+            pictures, Path(out), run=run, **_written(settings, init_image=init_image, mask=mask)
+        )
     except OSError as error:
         raise InputError(
             f"--out: received {out}, which cannot be written ({error.strerror}); give another folder"
         ) from error
     print(f"{len(paths)} picture{'s' * (len(paths) != 1)} and grid.png in {Path(out)}")
     return paths
+
+
+def _warn_of_unknown(run, vocabulary, texts):
+    unknown = vocabulary.unknown(texts)
+    if unknown:
+        warnings.warn(
+            f"{run} was trained without the word{'s' * (len(unknown) != 1)} {', '.join(unknown)}: "
+            f"read as {RARE}, any rare word",
+            stacklevel=3,
+        )
 
 
 def _save_all(pictures, folder, **settings):

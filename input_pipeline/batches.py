@@ -95,6 +95,8 @@ def latent_batches(
     choose = _chooser(len(latents.mean), ids, batch_size, seed)
     latents_of = _latents_gatherer(latents)
     n_variants, *shape = latents.mean.shape[1:]
+    further = {"offset_noise": [1, 1, shape[-1]]} if offset_noise else {}
+    further |= {"input_noise": shape} if input_noise else {}
     text_of, n_captions = _text_gatherer(captions, vocabulary, context)
 
     def batch(step):
@@ -103,12 +105,8 @@ def latent_batches(
         variant = draw.below(n_variants, "variant")
         caption = draw.below(tf.gather(n_captions, sample_ids), "caption")
         dropped = draw.uniform("caption dropout") < caption_dropout
-        more = {}
-        if offset_noise:
-            more["offset_noise"] = draw.normal([1, 1, shape[-1]], "offset noise")
-        if input_noise:
-            more["input_noise"] = draw.normal(shape, "input noise")
-        return more | {
+        return {
+            **{name: draw.normal(own, name.replace("_", " ")) for name, own in further.items()},
             "latents": latents_of(sample_ids, variant, draw.normal(shape, "posterior")),
             **text_of(sample_ids, caption, dropped),
             "noise": draw.normal(shape, "noise"),

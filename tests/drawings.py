@@ -8,11 +8,7 @@ from checkpoint import collect, named_variables
 from config import Config, EvaluationConfig, TextEncoderConfig, UNetConfig, VAEConfig
 
 PROMPTS = ["one red flower", "a blue flower with a yellow center", "two green leaves"]
-
-
 STEPS, GUIDANCE = 3, 2.0
-
-
 INTERVAL = (0.0, 0.5)
 
 
