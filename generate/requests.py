@@ -121,8 +121,7 @@ def write_pictures(
 
     Args:
         run: the run's folder.
-        prompt: sentences.
-        prompts: a text file with a sentence a line, or None.
+        prompt, prompts: sentences, and a text file with a sentence a line, or None.
         count, seed: see `generate`.
         sampler, spacing, steps, guidance, guidance_interval: the sampler, its times and their number, the strength of
             guidance and the times it acts at; None takes the run's.
@@ -149,11 +148,10 @@ def write_pictures(
     _check_request(texts, count, seed, **settings, flag="--")
     _warn_of_unknown(run, networks.vocabulary, texts if negative is None else [*texts, negative])
     painter = Painter(networks, config.image_size, batch_size)
+    written = {"run": run, **_written(settings, init_image=init_image, mask=mask)}
+    pictures = generate(painter, texts, count, seed, progress="drawing", **settings)
     try:
-        pictures = generate(painter, texts, count, seed, progress="drawing", **settings)
-        paths = _save_all(
-            pictures, Path(out), run=run, **_written(settings, init_image=init_image, mask=mask)
-        )
+        paths = _save_all(pictures, Path(out), **written)
     except OSError as error:
         raise InputError(
             f"--out: received {out}, which cannot be written ({error.strerror}); give another folder"
