@@ -12,7 +12,8 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 MUON_MOMENTUM = 0.95
 MUON_RMS = 0.2  # root mean square of an update at a learning rate of 1, about that of Adam's
-NOT_FOR_MUON = ("embeddings", "conv_in", "conv_out", "quant_conv")  # in the path of a variable
+# In the path of a variable.
+NOT_FOR_MUON = ("embeddings", "conv_in", "conv_out", "quant_conv", "log_variance")
 
 
 class AdamW(keras.optimizers.AdamW):

@@ -14,6 +14,7 @@ import parallel
 from diffusion.targets import diffuse, perturbed
 from generate import Networks, Painter, captioned_grid, to_images
 from metrics import KID
+from model.unet import LogVariance
 from model.vae import kl_divergence, sample_posterior
 
 __all__ = ["KID", "LatentDiffusionTrainer", "VAETrainer", "reconstruct"]
@@ -202,6 +203,7 @@ class LatentDiffusionTrainer(_Trainer):
         self.unet, self.text_encoder = networks.unet, networks.text_encoder
         self.process, self.ema, self.train_text_encoder = networks.process, ema, train_text_encoder
         self.ema_unet, self.ema_text_encoder = _copy(self.unet), _copy(self.text_encoder)
+        self.log_variance = LogVariance() if self.process.weight == "uncertainty" else None
         averaged = networks._replace(unet=self.ema_unet, text_encoder=self.ema_text_encoder)
         self.painter = Painter(averaged, image_size, draw_batch)
         self.kid_metric, self.kid_images, self.kid_tokens = kid, kid_images, kid_tokens
@@ -213,13 +215,14 @@ class LatentDiffusionTrainer(_Trainer):
     @property
     def trained_variables(self):
         text = self.text_encoder.trainable_variables if self.train_text_encoder else []
-        return self.unet.trainable_variables + text
+        weight = self.log_variance.trainable_variables if self.log_variance else []
+        return self.unet.trainable_variables + text + weight
 
     @property
     def networks(self):
         """The networks that a checkpoint keeps, by name."""
-        names = ("unet", "text_encoder", "ema_unet", "ema_text_encoder")
-        return {name: getattr(self, name) for name in names}
+        names = ("unet", "text_encoder", "ema_unet", "ema_text_encoder", "log_variance")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def diffusion_schedule(self, diffusion_times):
         """(noise_rates, signal_rates), each (B, 1, 1, 1), at diffusion_times (B,)."""
@@ -229,7 +232,10 @@ class LatentDiffusionTrainer(_Trainer):
         return self.unet(inputs, training=training)
 
     def sample_losses(self, batch, training):
-        """The loss of each sample, (B,): its error in the process' target, as the process weighs and measures it."""
+        """The loss of each sample, (B,): its error in the process' target, as the process weighs and measures it.
+
+        The learned weight is for training only, so that the losses of validation compare: there it is 1.
+        """
         latents, noise, times = batch["latents"], batch["noise"], batch["diffusion_times"]
         if training and self.offset_noise:
             noise = perturbed(noise, batch["offset_noise"], self.offset_noise)
@@ -242,7 +248,9 @@ class LatentDiffusionTrainer(_Trainer):
         else:
             context = batch["context"]
         prediction = self.unet([noisy, times, context, batch["mask"]], training=training)
-        return {"loss": self.process.losses(prediction, latents, noise, times)}
+        learns = training and self.log_variance is not None
+        log_variance = self.log_variance(times) if learns else ops.zeros_like(times)
+        return {"loss": self.process.losses(prediction, latents, noise, times, log_variance)}
 
     def after_step(self):
         """Moves the averaged networks towards the trained ones."""

@@ -12,12 +12,11 @@ FEWEST_FOR_KID = 3  # pictures on either side, for its estimate and its interval
 LARGEST_VIEW = 1024  # side at which a feature network sees pictures: far beyond what any was trained on
 LARGEST_RESIZE = 4  # factor before the random crop
 
-# The names that `diffusion` knows, here too so that a wrong one is refused before TensorFlow is imported. A learned
-# weight, "uncertainty", needs an output of the network that `trainer` does not have.
+# The names that `diffusion` knows, here too so that a wrong one is refused before TensorFlow is imported.
 GRIDS = ("cosine-squared", "linear", "scaled-linear", "sigmoid")  # schedules of 1,000 steps
 SCHEDULES = ("cosine", *GRIDS, "flow", "edm")
 TARGETS = ("noise", "image", "velocity", "flow", "edm")
-WEIGHTS = ("none", "min-snr", "edm")
+WEIGHTS = ("none", "min-snr", "edm", "uncertainty")
 LOSSES = ("mse", "mae", "huber")
 TIMES = ("uniform", "logit_normal", "log_normal", "mixed")
 SAMPLERS = ("ddpm", "ddim", "euler", "euler-ancestral", "heun", "dpmpp-2m", "dpmpp-2m-sde", "unipc", "pndm")

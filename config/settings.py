@@ -69,7 +69,7 @@ class DiffusionConfig:
     # leave no signal at time 1; for the schedules of 1,000 steps, cosine-squared, linear, scaled-linear and sigmoid
     zero_terminal_snr: bool = False
     shift: float = 1.0  # factor of the noise-to-signal ratio at the times of flow; above 1 for large pictures
-    weight: str = "none"  # how errors count at each time: none, min-snr or edm
+    weight: str = "none"  # how errors count at each time: none, min-snr, edm or uncertainty, which is learned
     snr_cap: float = 5.0  # largest signal-to-noise ratio that the weight min-snr counts
     loss: str = "mse"  # of a prediction: mse, mae or huber
 

@@ -15,6 +15,15 @@ from model.common import Attention, Downsample, GroupNorm, ResidualBlock, Upsamp
 TIME_STEPS = 1000.0  # a time of 1 is embedded as the step 1000 of the discrete chains
 
 
+def waves(times, features):
+    """Sines and cosines of the times (B,), at frequencies from 1 to 1/10,000 a step (Ho et al. 2020): (B, features)."""
+    # angle_k = 1000 t / 10000^(k / K), K = features / 2
+    half = features // 2
+    frequencies = ops.exp(-math.log(10000.0) * ops.arange(half, dtype="float32") / half)
+    angles = TIME_STEPS * ops.cast(times, "float32")[:, None] * frequencies  # (B, K)
+    return ops.concatenate([ops.cos(angles), ops.sin(angles)], axis=-1)
+
+
 class TimeEmbedding(keras.layers.Layer):
     """Sinusoidal embedding of the time (Ho et al. 2020), then two dense layers.
 
@@ -36,12 +45,7 @@ class TimeEmbedding(keras.layers.Layer):
         self.linear_2.build((times_shape[0], self.width))
 
     def call(self, times):
-        # angle_k = 1000 t / 10000^(k / K), K = features / 2
-        half = self.features // 2
-        frequencies = ops.exp(-math.log(10000.0) * ops.arange(half, dtype="float32") / half)
-        angles = TIME_STEPS * ops.cast(times, "float32")[:, None] * frequencies  # (B, K)
-        waves = ops.concatenate([ops.cos(angles), ops.sin(angles)], axis=-1)
-        return self.linear_2(self.linear_1(waves))
+        return self.linear_2(self.linear_1(waves(times, self.features)))
 
     def compute_output_shape(self, times_shape):
         return (times_shape[0], self.width)
@@ -238,6 +242,31 @@ class UNet(keras.Model):
 
     def get_config(self):
         return dict(self._arguments)
+
+
+class LogVariance(keras.Model):
+    """How large the U-Net's error is to be expected at a time: its logarithm (Karras et al. 2024, equation 21).
+
+    It is 0 everywhere at first. Only training needs it, for the weight "uncertainty".
+
+    Args:
+        features: number of sines and cosines that it is a weighted sum of.
+
+    Call: times (B,) -> (B,).
+    """
+
+    def __init__(self, features=128, name="log_variance"):
+        super().__init__(name=name)
+        self.features = features
+        self.linear = keras.layers.Dense(1, kernel_initializer="zeros", name="log_variance", dtype="float32")
+        self.linear.build((None, features))
+        self.built = True
+
+    def call(self, times):
+        return self.linear(waves(times, self.features))[:, 0]
+
+    def get_config(self):
+        return {"features": self.features, "name": self.name}
 
 
 class _Level(NamedTuple):

@@ -165,8 +165,8 @@ REFUSED = [
         "sigmoid, flow, edm",
     ),
     (
-        {"diffusion__weight": "uncertainty"},
-        "--diffusion.weight: received 'uncertainty', expected one of none, min-snr, edm",
+        {"diffusion__weight": "snr"},
+        "--diffusion.weight: received 'snr', expected one of none, min-snr, edm, uncertainty",
     ),
     (
         {"evaluation__sampler": "DDIM"},
@@ -276,7 +276,7 @@ def test_the_names_of_the_process_are_those_that_it_knows():
     assert settings.SPACINGS == times.SPACINGS
     assert settings.GRID_STEPS == schedule.STEPS
     assert settings.SAMPLERS == tuple(samplers.SAMPLERS)
-    assert (*settings.WEIGHTS, "uncertainty") == targets.WEIGHTS  # learned: the trainer has no output for it
+    assert settings.WEIGHTS == targets.WEIGHTS
 
 
 def processes():

@@ -1,9 +1,11 @@
 """The losses of each sample are their formulas, for every target, weight and noise."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from diffusion.targets import uncertain
 from tests.batches import IMAGE_SIZE, LATENT_SHAPE, distance, rates, tensors
 from trainer import LatentDiffusionTrainer, VAETrainer
 
@@ -162,3 +164,35 @@ def test_validation_sees_the_noise_as_it_is(toy_networks):
     expected = LatentDiffusionTrainer(networks, IMAGE_SIZE).sample_losses(batch, training=False)
     received = trainer.sample_losses(batch, training=False)
     np.testing.assert_array_equal(received["loss"], expected["loss"])
+
+
+def test_the_learned_weight_is_its_formula_in_training_and_one_in_validation(toy_networks):
+    batch = tensors(diffusion_batch())
+    plain = LatentDiffusionTrainer(toy_networks(weight="edm"), IMAGE_SIZE)
+    expected = plain.sample_losses(batch, training=False)["loss"]
+    trainer = LatentDiffusionTrainer(toy_networks(weight="uncertainty"), IMAGE_SIZE)
+    trainer.log_variance.linear.kernel.assign_add(np.linspace(-0.1, 0.2, 128)[:, None])
+    u = np.asarray(trainer.log_variance(batch["diffusion_times"]))
+    received = trainer.sample_losses(batch, training=True)["loss"]
+    np.testing.assert_allclose(received, expected / np.exp(u) + u, rtol=1e-4)
+    np.testing.assert_allclose(trainer.sample_losses(batch, training=False)["loss"], expected, rtol=1e-6)
+
+
+def test_the_learned_weight_comes_to_the_loss_at_each_time(toy_networks):
+    trainer = LatentDiffusionTrainer(toy_networks(weight="uncertainty"), IMAGE_SIZE)
+    batch = tensors(diffusion_batch())
+    times, losses = batch["diffusion_times"], trainer.sample_losses(batch, training=False)["loss"]
+    variables = trainer.log_variance.trainable_variables
+    assert {id(variable) for variable in variables} <= {id(other) for other in trainer.trained_variables}
+    optimizer = keras.optimizers.Adam(0.02)
+
+    @tf.function
+    def step():
+        with tf.GradientTape() as tape:
+            loss = uncertain(losses, trainer.log_variance(times))  # the networks stand still
+        gradients = tape.gradient(loss, [variable.value for variable in variables])
+        optimizer.apply(gradients, variables)
+
+    for _ in range(400):
+        step()
+    np.testing.assert_allclose(np.exp(trainer.log_variance(times)), losses, rtol=0.02)

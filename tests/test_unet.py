@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from config import CUP3, part
 from model.text_encoder import VocabularyEncoder
-from model.unet import FeedForward, PooledContext, TimeEmbedding, TransformerBlock, UNet
+from model.unet import FeedForward, LogVariance, PooledContext, TimeEmbedding, TransformerBlock, UNet
 
 SIZES = {
     "latent_channels": 3,
@@ -270,3 +270,14 @@ def test_pooled_context_ignores_what_is_masked():
     mask = np.array([[1, 1, 1, 0, 0]], bool)
     changed = np.where(mask[..., None], context, 99.0).astype("float32")
     np.testing.assert_array_equal(np.asarray(layer(context, mask)), np.asarray(layer(changed, mask)))
+
+
+def test_log_variance_is_zero_at_first_and_then_a_sum_of_waves():
+    network, times = LogVariance(features=6), normal(4) ** 2
+    np.testing.assert_array_equal(network(times), np.zeros(4))
+    randomise(network)
+    angles = 1000 * times[:, None] * 10000.0 ** (-np.arange(3) / 3)
+    waves = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    kernel, bias = network.get_weights()
+    np.testing.assert_allclose(network(times), (waves @ kernel + bias)[:, 0], atol=2e-3)
+    assert LogVariance.from_config(network.get_config()).features == 6

@@ -29,6 +29,7 @@ TINY = {
     "vae-training.perceptual-weight": 0,
     "vae-training.optimizer": "adamw",
     "vae-training.learning-rate": 0.004,
+    "diffusion.weight": "uncertainty",
     "training.optimizer": "muon",
     "training.learning-rate": 0.003,
     "training.times": "logit_normal",
