@@ -89,6 +89,7 @@ class Keeper(keras.callbacks.Callback):
         finish_row: function of (epoch, logs) -> dict of more entries for the epoch's row.
         choose: function of the row -> (Estimate, state) for `RunFolder.save_best`, or None.
         kid_every: epochs between two measurements of KID; the first and the last epoch have one anyway.
+        snapshots: the steps whose power averages are kept, see `averages`.
     """
 
     def __init__(
@@ -101,8 +102,10 @@ class Keeper(keras.callbacks.Callback):
         finish_row=None,
         choose=None,
         kid_every=1,
+        snapshots=(),
     ):
         super().__init__()
+        self.snapshots = frozenset(snapshots)
         self.run, self.stage, self.signals = run, stage, signals
         self.steps_per_epoch, self.epochs = steps_per_epoch, epochs
         self.finish_row, self.choose, self.kid_every = finish_row, choose, kid_every
@@ -149,6 +152,10 @@ class Keeper(keras.callbacks.Callback):
         if self._first:
             self._first = False
             tqdm.write(f"   first step {self._elapsed() - self._seconds:.1f} s after the start of the stage")
+        if self.step in self.snapshots:
+            self.run.save_average(
+                self.stage, self.step, collect(self.model.power_averages.variables, "average")
+            )
         self.signals.release()
 
     def on_epoch_end(self, epoch, logs=None):
@@ -186,7 +193,8 @@ class Keeper(keras.callbacks.Callback):
 def _parts(trainer):
     parts = {name: named_variables(network) for name, network in trainer.networks.items()}
     parts["optimizer"] = [(variable.path, variable) for variable in trainer.optimizer.variables]
-    return parts
+    kept = getattr(trainer, "power_averages", None)
+    return parts | ({"average": kept.variables} if kept else {})
 
 
 def _metric_values(trainer):

@@ -33,6 +33,7 @@ With your own pictures (dataset/README.md shows how to lay them out):
 Commands:
   train       train a model, or go on with a run; may be left out
   generate    draw pictures of sentences with a trained run
+  evaluate    measure the KID of a trained run, also of other averages of its weights
   data        draw paper flowers, the built-in data: other numbers or sizes
 
 Each has its own settings: python cup3.py train --help
@@ -89,7 +90,16 @@ class Generate:
     out: str = "pictures"  # folder for the PNG files and grid.png
 
 
-SETTINGS = {"train": Train, "generate": Generate, "data": Data}
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure the KID of a trained run as its training did, into metrics.json in its folder."""
+
+    run: str = "runs/paper-flowers"  # folder of the run
+    # also of averages of the weights over other lengths; the best draws from then on if it is better
+    ema_sweep: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+
+SETTINGS = {"train": Train, "generate": Generate, "evaluate": Evaluate, "data": Data}
 COMMANDS = tuple(SETTINGS)
 
 
@@ -203,7 +213,7 @@ def main(argv=None):
 def _main(argv):
     try:
         command, options = parse(argv)
-        {"train": _train, "generate": _generate, "data": _data}[command](options)
+        {"train": _train, "generate": _generate, "evaluate": _evaluate, "data": _data}[command](options)
     except InputError as error:
         print(f"cup3: {error}", file=sys.stderr)
         return 2
@@ -250,6 +260,14 @@ def _generate(options):
     )
 
 
+def _evaluate(options):
+    _check_is_run(options.run)
+    with _without_notes():
+        from stages import evaluation
+
+    evaluation.evaluate(options.run, options.ema_sweep)
+
+
 def _check_request(options):
     """Refuses what is missing or has no such name; `generate` checks the rest."""
     if not options.prompt and options.prompts is None:
@@ -275,10 +293,14 @@ def _check_request(options):
     settings.check_sampling(
         "--", options.sampler or judged.sampler, options.spacing or judged.spacing, steps=1
     )
-    if not (Path(options.run) / "config.json").is_file():
+    _check_is_run(options.run)
+
+
+def _check_is_run(folder):
+    if not (Path(folder) / "config.json").is_file():
         runs = ", ".join(str(file.parent) for file in sorted(Path("runs").glob("*/config.json")))
         raise InputError(
-            f"{options.run}: received a folder without config.json, expected --run with the folder of a run; "
+            f"{folder}: received a folder without config.json, expected --run with the folder of a run; "
             + (f"there are: {runs}" if runs else "train one first: python cup3.py")
         )
 

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
+import averages
 import parallel
 from diffusion.targets import diffuse, perturbed
 from generate import Networks, Painter, captioned_grid, to_images
@@ -179,6 +180,7 @@ class LatentDiffusionTrainer(_Trainer):
         offset_noise: strength of the batch's `offset_noise` (B, 1, 1, C) in the noise of training.
         input_perturbation: strength of its `input_noise` (B, h, w, C) in what the U-Net sees of that noise; see
             `diffusion.targets.perturbed` for both.
+        power_averages: whether `fit` also keeps the averages from which `averages` rebuilds any other.
 
     Batches are those of `input_pipeline.latent_batches`: `latents`, `noise` (B, h, w, C), `diffusion_times` (B,),
     `tokens` (B, T) or `context` (B, T, D), `mask` (B, T), and the two noises above where their strengths are not 0.
@@ -198,6 +200,7 @@ class LatentDiffusionTrainer(_Trainer):
         micro_batches=None,
         offset_noise=0.0,
         input_perturbation=0.0,
+        power_averages=False,
     ):
         super().__init__("latent_diffusion_trainer", micro_batches)
         self.unet, self.text_encoder = networks.unet, networks.text_encoder
@@ -209,6 +212,7 @@ class LatentDiffusionTrainer(_Trainer):
         self.kid_metric, self.kid_images, self.kid_tokens = kid, kid_images, kid_tokens
         self.draw_settings = draw or {}
         self.offset_noise, self.input_perturbation = offset_noise, input_perturbation
+        self.power_averages = PowerAverages(self.averaged_networks) if power_averages else None
         self.kid_due = True
         self.built = True
 
@@ -223,6 +227,17 @@ class LatentDiffusionTrainer(_Trainer):
         """The networks that a checkpoint keeps, by name."""
         names = ("unet", "text_encoder", "ema_unet", "ema_text_encoder", "log_variance")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def averaged_networks(self):
+        """The networks whose weights are averaged, by name."""
+        text = {"text_encoder": self.text_encoder} if self.train_text_encoder else {}
+        return {"unet": self.unet, **text}
+
+    def fit(self, *args, callbacks=None, **kwargs):
+        """Keras' `fit`, which moves the power averages after every `averages.EVERY` steps."""
+        own = [_Averaging()] if self.power_averages else []
+        return super().fit(*args, callbacks=[*own, *(callbacks or [])], **kwargs)
 
     def diffusion_schedule(self, diffusion_times):
         """(noise_rates, signal_rates), each (B, 1, 1, 1), at diffusion_times (B,)."""
@@ -262,9 +277,8 @@ class LatentDiffusionTrainer(_Trainer):
             average.assign_sub(share * (average - weight))
 
     def _averages(self):
-        yield from zip(self.ema_unet.weights, self.unet.weights, strict=True)
-        if self.train_text_encoder:
-            yield from zip(self.ema_text_encoder.weights, self.text_encoder.weights, strict=True)
+        for name, network in self.averaged_networks.items():
+            yield from zip(getattr(self, f"ema_{name}").weights, network.weights, strict=True)
 
     def evaluate(self, *args, return_dict=False, **kwargs):
         """Keras' `evaluate`, and `kid` of pictures drawn from `kid_tokens` where it is due."""
@@ -300,6 +314,53 @@ class LatentDiffusionTrainer(_Trainer):
         """Draws pictures of `tokens` (N, T) and writes them as a captioned grid to `path`."""
         captions = self.painter.networks.vocabulary.decode(tokens) if captions is None else captions
         captioned_grid(self.generate_images(tokens, seeds, **settings), captions).save(path)
+
+
+class PowerAverages:
+    """Two power averages of networks' weights (Karras et al. 2024, section 3), see `averages`.
+
+    Args:
+        networks: Keras models by name; each average begins as their weights.
+
+    Attributes:
+        variables: (name, Keras variable) of all averages, named `<length>/<network>/<path of the weight>`.
+    """
+
+    def __init__(self, networks):
+        self._exponents = [averages.exponent(length) for length in averages.LENGTHS]
+        named = [
+            (f"{name}/{weight.path}", weight) for name, net in networks.items() for weight in net.weights
+        ]
+        self._weights = [weight for _, weight in named]
+        self._kept = [
+            [keras.Variable(weight, trainable=False, name="average") for weight in self._weights]
+            for _ in averages.LENGTHS
+        ]
+        self.variables = [
+            (f"{length}/{name}", variable)
+            for length, kept in zip(averages.LENGTHS, self._kept, strict=True)
+            for (name, _), variable in zip(named, kept, strict=True)
+        ]
+        self._move = tf.function(self._moved)
+
+    def update(self, step):
+        """Moves the averages towards the weights that they have at `step`, a multiple of `averages.EVERY`."""
+        self._move(tf.constant([averages.share(step, exponent) for exponent in self._exponents], "float32"))
+
+    @tf.autograph.experimental.do_not_convert
+    def _moved(self, shares):
+        for kept, share in zip(self._kept, tf.unstack(shares), strict=True):
+            for average, weight in zip(kept, self._weights, strict=True):
+                average.assign(average + share * (weight - average))
+
+
+class _Averaging(keras.callbacks.Callback):
+    """Moves the power averages of a `LatentDiffusionTrainer` between its steps, outside their graph."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        step = int(self.model.optimizer.iterations.numpy())
+        if step % averages.EVERY == 0:
+            self.model.power_averages.update(step)
 
 
 def _copy(network):

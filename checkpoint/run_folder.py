@@ -122,6 +122,10 @@ class RunFolder:
     def curves_path(self) -> Path:
         return self.path / "curves.png"
 
+    @property
+    def sweep_path(self) -> Path:
+        return self.path / "ema_sweep.png"
+
     def sample_path(self, name: str) -> Path:
         """The place of a sample, in a folder that is there, also when somebody has taken it away."""
         folder = self.path / "samples"
@@ -220,6 +224,27 @@ class RunFolder:
     def best(self, stage: str) -> Saved | None:
         """The best so far; its state holds `value`, `low` and `high` too. InputError if damaged."""
         return entries.read(self.path / "best" / stage)
+
+    # Averages: of the weights, now and then, from which others can be rebuilt.
+
+    def save_average(self, stage: str, step: int, tensors: dict[str, np.ndarray]) -> None:
+        """Keeps averages of the weights at `step`, in 16 bits."""
+        folder = self.path / "averages" / stage
+        with self._writing(folder):
+            small = {name: array.astype("float16") for name, array in tensors.items()}
+            entries.write(folder / f"{step:08d}", step, small, {})
+
+    def average_steps(self, stage: str) -> list[int]:
+        """The steps of the averages that are kept, oldest first."""
+        return entries.steps(self.path / "averages" / stage)
+
+    def average(self, stage: str, step: int) -> dict[str, np.ndarray]:
+        """The averages kept at `step`. InputError if damaged or not there."""
+        folder = self.path / "averages" / stage / f"{step:08d}"
+        saved = entries.read(folder)
+        if saved is None:
+            raise InputError(f"{folder}: there is none, expected the averages of that step")
+        return saved.tensors
 
     # Networks: the final weights of a finished stage.
 

@@ -119,6 +119,7 @@ def _least_values(config):
     yield "vae-training.kl-weight", vae_training.kl_weight, 0
     yield "vae-training.perceptual-weight", vae_training.perceptual_weight, 0
     yield "training.latent-crops", training.latent_crops, 1
+    yield "training.snapshots", training.snapshots, 0
     yield "diffusion.shift", config.diffusion.shift, PROCESS_RANGE[0]
     yield "diffusion.snr-cap", config.diffusion.snr_cap, PROCESS_RANGE[0]
     yield "evaluation.images", evaluation.images, FEWEST_FOR_KID

@@ -3,7 +3,7 @@
 The command line, previews in training, evaluation and the web page all call it.
 """
 
-from generate.networks import Networks, load, make_diffusion, make_vae
+from generate.networks import Networks, load, make_diffusion, make_vae, rebuilt_average, snapshots_of
 from generate.painter import Painter, drawing, noise_of, to_images
 from generate.requests import generate, write_pictures
 from generate.sheets import Picture, captioned_grid, save_png
@@ -19,7 +19,9 @@ __all__ = [
     "make_diffusion",
     "make_vae",
     "noise_of",
+    "rebuilt_average",
     "save_png",
+    "snapshots_of",
     "to_images",
     "write_pictures",
 ]

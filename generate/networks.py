@@ -2,6 +2,9 @@
 
 from typing import NamedTuple
 
+import numpy as np
+
+import averages
 from checkpoint import RunFolder, assign, named_variables
 from config import Config, from_dict, part
 from diffusion.schedule import Process
@@ -35,7 +38,8 @@ def make_diffusion(config: Config, vocabulary: Vocabulary) -> tuple[UNet, Vocabu
 
 
 def load(path) -> tuple[Networks, Config]:
-    """The networks of a run, with the best checkpoint's averaged weights, or the newest where none is best yet.
+    """The networks of a run, with averaged weights: those that an evaluation has settled on, or else the best
+    checkpoint's, or the newest's where none is best yet.
 
     Args:
         path: the run's folder.
@@ -46,7 +50,7 @@ def load(path) -> tuple[Networks, Config]:
     run = RunFolder.read(path)
     config = from_dict(run.config, run=str(path))
     trained_vae = run.finished("vae")
-    saved = run.best("diffusion") or run.latest("diffusion")
+    saved = run.finished("diffusion") or run.best("diffusion") or run.latest("diffusion")
     if trained_vae is None or saved is None:
         raise InputError(
             f"{path}: received a run that has trained no U-Net yet; expected one with a checkpoint: "
@@ -58,3 +62,43 @@ def load(path) -> tuple[Networks, Config]:
     assign(named_variables(unet), saved.tensors, "ema_unet", source=path)
     assign(named_variables(text_encoder), saved.tensors, "ema_text_encoder", source=path)
     return Networks(vae, text_encoder, unet, Process(**part(config.diffusion)), vocabulary), config
+
+
+def snapshots_of(run: RunFolder) -> list[int]:
+    """The steps whose averages a run has kept; InputError if there are none."""
+    steps = run.average_steps("diffusion")
+    if not steps:
+        raise InputError(
+            f"{run.path}: received a run without averages, expected one trained with --training.snapshots above 0"
+        )
+    return steps
+
+
+def rebuilt_average(run: RunFolder, length, step=None) -> dict[str, np.ndarray]:
+    """The averaged networks of another length than was kept in training (Karras et al. 2024), see `averages`.
+
+    Args:
+        run: the run's folder.
+        length: of the power average, as a share of the steps up to it.
+        step: where it ends, one of `RunFolder.average_steps`; None is the last.
+
+    Returns:
+        Tensors by name, as a checkpoint has them: those of `ema_unet`, and of `ema_text_encoder` if it was trained.
+
+    Raises:
+        InputError: the run has kept no averages.
+    """
+    steps = snapshots_of(run)
+    step = steps[-1] if step is None else step
+    kept = [(early, kind) for early in steps if early <= step for kind in averages.LENGTHS]
+    weights = averages.mixture(*zip(*kept, strict=True), step, length)
+    total = {}
+    for early in dict.fromkeys(early for early, _ in kept):
+        weight_of = {
+            kind: weight for (other, kind), weight in zip(kept, weights, strict=True) if other == early
+        }
+        for name, tensor in run.average("diffusion", early).items():
+            kind, path = name.removeprefix("average/").split("/", 1)
+            part = np.float32(weight_of[float(kind)]) * tensor.astype("float32")
+            total[f"ema_{path}"] = total.get(f"ema_{path}", 0) + part
+    return total

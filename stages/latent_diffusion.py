@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+import averages
 import config as settings
 import input_pipeline as pipeline
 import parallel
@@ -61,7 +62,13 @@ def trained_diffusion(config, run, data, vae, latents, features, text, strategy,
     stage = config.training
     steps_per_epoch = steps_an_epoch(stage, len(data.train_ids))
     keeper = Keeper(
-        run, "diffusion", steps_per_epoch, signals, stage.epochs, kid_every=config.evaluation.every
+        run,
+        "diffusion",
+        steps_per_epoch,
+        signals,
+        stage.epochs,
+        kid_every=config.evaluation.every,
+        snapshots=averages.snapshot_steps(stage.epochs * steps_per_epoch, stage.snapshots),
     )
     keras.utils.set_random_seed(config.seed)  # again: a resumed run may not have trained the autoencoder
     with strategy.scope():
@@ -113,12 +120,13 @@ def _trainer(config, data, vae, features, text):
         micro_batches=config.training.micro_batches,
         offset_noise=config.training.offset_noise,
         input_perturbation=config.training.input_perturbation,
+        power_averages=config.training.snapshots > 0,
     )
 
 
 def _judgement(config, run, data, trainer):
     """What the `Keeper` asks at the end of an epoch: (`finish_row`, `choose`)."""
-    protocol = _protocol(config, trainer, data)
+    protocol = protocol_of(config, trainer.kid_metric, len(data.validation_ids), len(trainer.kid_tokens))
     shown_tokens = data.shown_tokens[: config.evaluation.previews]
 
     def finish_row(epoch, row):
@@ -137,11 +145,12 @@ def _judgement(config, run, data, trainer):
     return finish_row, choose
 
 
-def _protocol(config, trainer, data):
+def protocol_of(config, kid, n_real, n_generated) -> dict:
+    """The protocol of a run's KID (a `metrics.KID`) between so many pictures."""
     return Protocol(
-        **trainer.kid_metric.feature_network.protocol,
-        n_real=len(data.validation_ids),
-        n_generated=len(trainer.kid_tokens),
+        **kid.feature_network.protocol,
+        n_real=n_real,
+        n_generated=n_generated,
         sampler=config.evaluation.sampler,
         spacing=config.evaluation.spacing,
         steps=config.evaluation.steps,

@@ -41,6 +41,7 @@ TOO_SMALL = [  # setting, value, the least that works
     ("epochs", 0, 1),
     ("batch-size", -5, 1),
     ("training.latent-crops", 0, 1),
+    ("training.snapshots", -1, 0),
     ("vae-training.epochs", 0, 1),
     ("vae-training.batch-size", 0, 1),
     ("vae-training.kl-weight", -1.0, 0),

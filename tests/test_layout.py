@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = (
     {"errors"},
     {"files", "parallel"},
-    {"config", "input_pipeline", "model", "diffusion", "optimizers"},
+    {"config", "input_pipeline", "model", "diffusion", "optimizers", "averages"},
     {"checkpoint", "metrics", "dataset"},
     {"generate"},
     {"callbacks", "trainer", "evaluate", "web", "tools"},

@@ -5,17 +5,13 @@ import json
 import numpy as np
 import pytest
 
+import averages
 from checkpoint import RunFolder, collect, named_variables
 from config import to_dict
 from errors import InputError
-from generate import (
-    load,
-)
+from generate import load, rebuilt_average
 from input_pipeline import Vocabulary
-from tests.drawings import (
-    DRAWN_CONFIG,
-    diffusion_tensors,
-)
+from tests.drawings import DRAWN_CONFIG, diffusion_tensors
 
 
 def test_load_takes_the_best_averaged_networks(run_path, networks):
@@ -64,3 +60,55 @@ def test_a_damaged_vocabulary_is_refused(run_path, tmp_path):
     (tmp_path / "v.json").write_text("{")
     with pytest.raises(InputError, match=r"v\.json: cannot be read as a vocabulary"):
         Vocabulary.load(tmp_path / "v.json")
+
+
+def kept_averages(step, shape=(2, 3)):
+    rng = np.random.default_rng(step)
+    return {
+        f"average/{length}/{path}": rng.normal(size=shape).astype("float32")
+        for length in averages.LENGTHS
+        for path in ("unet/kernel", "text_encoder/embeddings")
+    }
+
+
+@pytest.fixture
+def run_of_averages(tmp_path):
+    with RunFolder.open(tmp_path / "run", to_dict(DRAWN_CONFIG)) as run:
+        for step in (400, 800, 1200):
+            run.save_average("diffusion", step, kept_averages(step))
+    return RunFolder.read(tmp_path / "run")
+
+
+def test_an_average_that_was_kept_is_rebuilt_as_it_is(run_of_averages):
+    rebuilt = rebuilt_average(run_of_averages, 0.1, step=800)
+    assert rebuilt.keys() == {"ema_unet/kernel", "ema_text_encoder/embeddings"}
+    expected = kept_averages(800)["average/0.1/unet/kernel"]
+    np.testing.assert_allclose(rebuilt["ema_unet/kernel"], expected, atol=1e-3)  # kept in 16 bits
+
+
+def test_another_average_is_the_mixture_of_those_that_were_kept(run_of_averages):
+    marks = [(step, length) for step in (400, 800, 1200) for length in averages.LENGTHS]
+    parts = averages.mixture(*zip(*marks, strict=True), 1200, 0.15)
+    expected = sum(
+        part * kept_averages(step)[f"average/{length}/unet/kernel"]
+        for part, (step, length) in zip(parts, marks, strict=True)
+    )
+    assert np.abs(parts).min() > 1e-4
+    np.testing.assert_allclose(rebuilt_average(run_of_averages, 0.15)["ema_unet/kernel"], expected, atol=3e-3)
+
+
+def test_a_run_without_averages_is_refused(run_path):
+    with pytest.raises(
+        InputError, match=r"without averages, expected one trained with --training\.snapshots ab"
+    ):
+        rebuilt_average(RunFolder.read(run_path), 0.1)
+
+
+def test_what_an_evaluation_has_settled_on_draws(tmp_path, networks):
+    with RunFolder.open(tmp_path / "run", to_dict(DRAWN_CONFIG)) as run:
+        networks.vocabulary.save(run.vocabulary_path)
+        run.finish("vae", collect(named_variables(networks.vae), "vae"), {})
+        run.save_best("diffusion", 0.1, 0.05, 0.15, diffusion_tensors(networks), {"step": 3})
+        run.finish("diffusion", diffusion_tensors(networks, 0.25), {})
+    for weight, value in zip(load(tmp_path / "run")[0].unet.weights, networks.unet.weights, strict=True):
+        np.testing.assert_allclose(weight, 0.25 * np.asarray(value))

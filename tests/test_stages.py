@@ -34,6 +34,7 @@ def test_a_run_folder_explains_itself(finished, flowers):
     folder, _ = finished
     assert {path.name for path in folder.iterdir()} == {
         ".lock",
+        "averages",
         "best",
         "cache",
         "checkpoints",
@@ -50,6 +51,7 @@ def test_a_run_folder_explains_itself(finished, flowers):
         "networks/vae",
         "checkpoints/vae/00000003",
         "checkpoints/diffusion/00000006",
+        "averages/diffusion/00000004",
     ):
         assert {f"{entry}/state.json", f"{entry}/tensors.safetensors"} <= found
     samples = {"samples/vae_001.png", "samples/vae_002.png", "samples/epoch_001.png", "samples/epoch_002.png"}

@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+import averages
 from diffusion.schedule import Process
 from generate import Painter, noise_of, to_images
 from input_pipeline import (
@@ -112,7 +113,7 @@ def fit_diffusion(strategy, light_networks, micro_batches, optimizer=adamw):
     with strategy.scope():
         networks = light_networks(1)
         settings = {"kid": KID(Colours()), "kid_images": REAL, "kid_tokens": np.concatenate(captions())[:6]}
-        settings["micro_batches"] = micro_batches
+        settings |= {"micro_batches": micro_batches, "power_averages": True}
         trainer = LatentDiffusionTrainer(
             networks, IMAGE_SIZE, EMA, draw={"steps": 2, "guidance": 2.0}, draw_batch=4, **settings
         )
@@ -157,7 +158,15 @@ def fit_vae(strategy, _, micro_batches):
 
 
 @pytest.fixture(scope="module")
-def trained(two_replicas, light_networks):
+def often():
+    """Power averages are updated within the few steps of these trainings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(averages, "EVERY", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(two_replicas, light_networks, often):
     """A function (kind, replicas, micro_batches) -> Trained; each is trained once."""
     strategies, done = {1: tf.distribute.get_strategy(), 2: two_replicas}, {}
     by_muon = functools.partial(fit_diffusion, optimizer=muon)
@@ -255,6 +264,33 @@ def test_the_average_follows_its_recurrence(trained, replicas):
         ]
     averaged = arrays(run.trainer.ema_unet.weights + run.trainer.ema_text_encoder.weights)
     assert largest_difference(expected, averaged) < 1e-6
+
+
+@each_number
+def test_power_averages_follow_their_recurrence(trained, replicas):
+    run = trained("diffusion", replicas)
+    kept = dict(run.trainer.power_averages.variables)
+    for length in averages.LENGTHS:
+        expected = [np.zeros(value.shape) for value in run.watch.raw[0]]
+        for step in (2, 4):
+            decay = (1 - 2 / step) ** (averages.exponent(length) + 1)
+            expected = [
+                decay * old + (1 - decay) * new
+                for old, new in zip(expected, run.watch.raw[step], strict=True)
+            ]
+        received = [
+            np.asarray(kept[f"{length}/{name}/{weight.path}"])
+            for name, network in run.trainer.averaged_networks.items()
+            for weight in network.weights
+        ]
+        assert largest_difference(expected, received) < 1e-6
+        assert largest_difference(run.watch.raw[4], received) > 1e-6
+
+
+def test_two_replicas_keep_the_power_averages_of_one(trained):
+    one, two = (dict(trained("diffusion", n).trainer.power_averages.variables) for n in (1, 2))
+    assert one.keys() == two.keys()
+    assert largest_difference(arrays(one.values()), arrays(two.values())) < 1e-5
 
 
 @each_number

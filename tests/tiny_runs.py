@@ -35,6 +35,7 @@ TINY = {
     "training.times": "logit_normal",
     "training.offset-noise": 0.1,
     "training.input-perturbation": 0.1,
+    "training.snapshots": 2,
     "epochs": EPOCHS,
     "training.steps-per-epoch": STEPS,
     "batch-size": 8,
