@@ -42,37 +42,39 @@ class AdamW(keras.optimizers.AdamW):
         return super().apply(grads, trainable_variables)
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
-        """Keras' update, with the powers of the betas worked out once and not for every variable."""
+        """Keras' update, with the kernel's numbers made once and not for every variable."""
         step = tf.cast(self.iterations + 1, tf.float32)
-        self._powers = tf.pow(self.beta_1, step), tf.pow(self.beta_2, step)
+        numbers = {"beta1": self.beta_1, "beta2": self.beta_2, "epsilon": self.epsilon}
+        powers = {"beta1_power": tf.pow(self.beta_1, step), "beta2_power": tf.pow(self.beta_2, step)}
+        self._numbers = {name: tf.convert_to_tensor(value) for name, value in (numbers | powers).items()}
+        self._decay_rate = learning_rate * (self.weight_decay or 0.0)
         super()._backend_update_step(grads, trainable_variables, learning_rate)
+
+    def _clip_gradients(self, grads):
+        """Keras' clipping; by the norm of all, with one operation for each square's sum instead of four."""
+        if self.global_clipnorm is None:
+            return super()._clip_gradients(grads)
+        return tf.clip_by_global_norm(grads, self.global_clipnorm)[0]
 
     def _apply_weight_decay(self, variables):
         """Left to `update_step`: here Keras would trace the learning rate anew for every variable."""
 
-    def _decay(self, variable, learning_rate):
+    def _decay(self, variable):
         if self.weight_decay and self._use_weight_decay(variable):
-            rate = tf.cast(learning_rate * self.weight_decay, variable.dtype)
-            variable.assign_sub(variable * rate)
+            variable.assign_sub(variable * tf.cast(self._decay_rate, variable.dtype))
 
     def update_step(self, gradient, variable, learning_rate):
         """Adam's update of one variable by TensorFlow's fused kernel: Keras' dozen small ones take longer to
         trace, and each goes over the memory again."""
-        self._decay(variable, learning_rate)
+        self._decay(variable)
         index = self._get_variable_index(variable)
-        beta_1, beta_2 = (tf.constant(beta, variable.dtype) for beta in (self.beta_1, self.beta_2))
-        beta_1_power, beta_2_power = (tf.cast(power, variable.dtype) for power in self._powers)
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
             m=self._momentums[index].value.handle,
             v=self._velocities[index].value.handle,
-            beta1_power=beta_1_power,
-            beta2_power=beta_2_power,
             lr=tf.cast(learning_rate, variable.dtype),
-            beta1=beta_1,
-            beta2=beta_2,
-            epsilon=tf.constant(self.epsilon, variable.dtype),
             grad=tf.cast(gradient, variable.dtype),
+            **{name: tf.cast(number, variable.dtype) for name, number in self._numbers.items()},
         )
 
     def _all_reduce_sum_gradients(self, grads_and_vars):
@@ -127,7 +129,7 @@ class Muon(AdamW):
     def update_step(self, gradient, variable, learning_rate):
         if not isinstance(gradient, tuple):
             return super().update_step(gradient, variable, learning_rate)
-        self._decay(variable, learning_rate)
+        self._decay(variable)
         momentum, step = (tf.reshape(part, variable.shape) for part in gradient)
         self._momentums[self._get_variable_index(variable)].value.assign(momentum)
         variable.assign_sub(step)

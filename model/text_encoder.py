@@ -7,7 +7,7 @@ Every encoder is a `keras.Model` with `context_shape`, so the U-Net and the trai
 import keras
 from keras import ops
 
-from model.common import Attention
+from model.common import Attention, LayerNorm
 
 
 class EncoderBlock(keras.layers.Layer):
@@ -17,9 +17,9 @@ class EncoderBlock(keras.layers.Layer):
         super().__init__(**kwargs)
         self.width, self.heads, self.expansion = width, heads, expansion
         policy = {"dtype": self.dtype_policy}
-        self.norm1 = keras.layers.LayerNormalization(epsilon=1e-5, name="norm1", **policy)
+        self.norm1 = LayerNorm(1e-5, name="norm1", **policy)
         self.attn = Attention(width, heads, qkv_bias=True, name="attn", **policy)
-        self.norm2 = keras.layers.LayerNormalization(epsilon=1e-5, name="norm2", **policy)
+        self.norm2 = LayerNorm(1e-5, name="norm2", **policy)
         self.fc1 = keras.layers.Dense(expansion * width, activation="gelu", name="fc1", **policy)
         self.fc2 = keras.layers.Dense(width, name="fc2", **policy)
 
@@ -63,7 +63,7 @@ class VocabularyEncoder(keras.Model):
         x = PositionEmbedding(name="positions")(x)
         for layer in range(layers):
             x = EncoderBlock(width, heads, name=f"layers.{layer}")(x, mask)
-        context = keras.layers.LayerNormalization(epsilon=1e-5, name="final_norm")(x)
+        context = LayerNorm(1e-5, name="final_norm")(x)
         super().__init__([tokens, mask], context, name=name)
         self.context_shape = (length, width)
         self._arguments = {

@@ -10,7 +10,16 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
-from model.common import Attention, Downsample, GroupNorm, ResidualBlock, Upsample, conv3, flatten_places
+from model.common import (
+    Attention,
+    Downsample,
+    GroupNorm,
+    LayerNorm,
+    ResidualBlock,
+    Upsample,
+    conv3,
+    flatten_places,
+)
 
 TIME_STEPS = 1000.0  # a time of 1 is embedded as the step 1000 of the discrete chains
 
@@ -131,9 +140,7 @@ class TransformerBlock(keras.layers.Layer):
         policy = {"dtype": self.dtype_policy}
         self.norm = GroupNorm(groups, 1e-6, name="norm", **policy)
         self.proj_in = keras.layers.Dense(channels, name="proj_in", **policy)
-        self.norms = [
-            keras.layers.LayerNormalization(epsilon=1e-5, name=f"norm{i}", **policy) for i in (1, 2, 3)
-        ]
+        self.norms = [LayerNorm(1e-5, name=f"norm{i}", **policy) for i in (1, 2, 3)]
         self.attn1 = Attention(channels, heads, name="attn1", **policy)
         self.attn2 = Attention(channels, heads, name="attn2", **policy)
         self.ff = FeedForward(channels, expansion, name="ff", **policy)

@@ -5,8 +5,18 @@ import math
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from model.common import Attention, Downsample, GroupNorm, ResidualBlock, Upsample, conv3, flatten_places
+from model.common import (
+    Attention,
+    Downsample,
+    GroupNorm,
+    LayerNorm,
+    ResidualBlock,
+    Upsample,
+    conv3,
+    flatten_places,
+)
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -86,6 +96,62 @@ def test_group_norm_takes_statistics_in_float32():
 def test_group_norm_refuses_channels_its_groups_do_not_divide():
     with pytest.raises(ValueError, match="divisible by 4. Received: 6"):
         GroupNorm(4)(normal(1, 2, 2, 6))
+
+
+# The gradients of both norms are written out.
+
+NORMS = {
+    "group": (lambda: GroupNorm(4, 1e-3), lambda: keras.layers.GroupNormalization(4, epsilon=1e-3)),
+    "layer": (lambda: LayerNorm(1e-3), lambda: keras.layers.LayerNormalization(epsilon=1e-3)),
+}
+each_norm = pytest.mark.parametrize("norm", NORMS)
+
+
+def norms(norm, x):
+    """Ours and Keras', of the same weights."""
+    ours, theirs = (make() for make in NORMS[norm])
+    built(ours, x)
+    theirs.build(x.shape)
+    theirs.set_weights(ours.get_weights())
+    return ours, theirs
+
+
+def gradients(layer, x, weights):
+    """Of a weighted sum of the output by x, gamma and beta; and of the first of these, squared, by x and gamma."""
+    gamma, beta = (variable.value for variable in layer.trainable_variables)
+    with tf.GradientTape(persistent=True) as outer:
+        outer.watch(x)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            total = tf.reduce_sum(weights * layer(x))
+        first = tape.gradient(total, [x, gamma, beta])
+        penalty = tf.reduce_sum(tf.square(first[0]))
+    return [*first, *outer.gradient(penalty, [x, gamma])]
+
+
+@each_norm
+def test_the_gradient_of_a_norm_is_keras(norm):
+    x, weights = (tf.constant(normal(2, 5, 4, 8, seed=seed, mean=2.0)) for seed in (0, 1))
+    for ours, theirs in zip(*(gradients(layer, x, weights) for layer in norms(norm, x)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max())
+
+
+@each_norm
+def test_the_gradient_of_a_norm_serves_any_size(norm):
+    x, weights = (tf.constant(normal(2, 5, 4, 8, seed=seed)) for seed in (0, 1))
+    ours, _ = norms(norm, x)
+    anywhere = tf.TensorSpec([None, None, None, 8])
+    compiled = tf.function(lambda x, weights: gradients(ours, x, weights), input_signature=[anywhere] * 2)
+    for known, unknown in zip(gradients(ours, x, weights), compiled(x, weights), strict=True):
+        np.testing.assert_allclose(unknown, known, rtol=1e-4, atol=1e-5 * np.abs(known).max())
+
+
+def test_layer_norm_takes_statistics_in_float32():
+    x = (1000 * normal(3, 8)).astype("float16")
+    y, exact = LayerNorm(dtype="float16")(x), x.astype("float64")
+    assert y.dtype == "float16"
+    expected = (exact - exact.mean(-1, keepdims=True)) / exact.std(-1, keepdims=True)
+    np.testing.assert_allclose(y, expected, atol=5e-3)
 
 
 # ResidualBlock
@@ -211,6 +277,7 @@ def test_flatten_places_goes_row_by_row():
 X, SEQUENCE = normal(3, 5, 7, 4), normal(3, 5, 4)
 LAYERS = [
     (lambda: GroupNorm(2), (X,), (3, 5, 7, 4)),
+    (lambda: LayerNorm(), (SEQUENCE,), (3, 5, 4)),
     (lambda: ResidualBlock(6, groups=2), (X, normal(3, 8)), (3, 5, 7, 6)),
     (lambda: Attention(4, 2), (SEQUENCE, normal(3, 2, 6)), (3, 5, 4)),
     (lambda: Upsample(6), (X,), (3, 10, 14, 6)),
@@ -220,7 +287,7 @@ LAYERS = [
 each_layer = pytest.mark.parametrize(
     ("make", "inputs", "shape"),
     LAYERS,
-    ids=["norm", "residual", "attention", "upsample", "downsample", "symmetric"],
+    ids=["norm", "layer norm", "residual", "attention", "upsample", "downsample", "symmetric"],
 )
 
 
