@@ -29,6 +29,7 @@ Start here:
 With your own pictures (dataset/README.md shows how to lay them out):
   python cup3.py --data my_pictures --run runs/mine
   python cup3.py generate --run runs/mine --prompt "..."
+  python cup3.py --data my_pictures --run runs/mine --conditioning class    or none: pictures without captions
 
 Commands:
   train       train a model, or go on with a run; may be left out
@@ -67,8 +68,9 @@ class Generate:
     """Draw pictures from sentences with a trained run."""
 
     run: str = "runs/paper-flowers"  # folder of the run
-    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # a sentence; give it again for more
-    prompts: str | None = None  # text file with a sentence a line
+    # a sentence, or the name of a class; give it again for more; a run without conditioning takes none
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    prompts: str | None = None  # text file with a sentence, or the name of a class, a line
     count: int = 1  # pictures a sentence
     seed: int = 0  # of a sentence's first picture; the next ones have seed + 1, ...
     # ddpm, ddim, euler, euler-ancestral, heun, dpmpp-2m, dpmpp-2m-sde, unipc or pndm; None: the run's
@@ -171,6 +173,7 @@ def _parse_train(words):
                 "--preset cup3, whose recipe is for photographs: --preset cup3 --light --data FOLDER"
             )
         defaults = settings.light(defaults)
+    defaults = settings.conditioned(defaults, _flag(words, "--conditioning", defaults.conditioning))
     parsed = tyro.cli(Train, args=words, default=Train(**settings.part(defaults)), prog="cup3.py train")
     return settings.Config(
         **{item.name: getattr(parsed, item.name) for item in dataclasses.fields(settings.Config)}
@@ -242,9 +245,7 @@ def _check_folders(options):
     from checkpoint import RunFolder
 
     if options.data != FLOWERS and not Path(options.data).is_dir():
-        raise InputError(
-            f"{options.data}: is no folder; expected one with captioned pictures (see dataset/README.md)"
-        )
+        raise InputError(f"{options.data}: is no folder; expected one with pictures (see dataset/README.md)")
     RunFolder.check(options.run, settings.to_dict(options))
     for other in filter(None, (options.vae_from, options.text_from)):
         RunFolder.read(other)
@@ -270,7 +271,7 @@ def _evaluate(options):
 
 def _check_request(options):
     """Refuses what is missing or has no such name; `generate` checks the rest."""
-    if not options.prompt and options.prompts is None:
+    if not options.prompt and options.prompts is None and not _is_unconditional(options.run):
         raise InputError(
             'prompts: received none, expected at least one: --prompt "a sentence", or --prompts FILE'
         )
@@ -303,6 +304,14 @@ def _check_is_run(folder):
             f"{folder}: received a folder without config.json, expected --run with the folder of a run; "
             + (f"there are: {runs}" if runs else "train one first: python cup3.py")
         )
+
+
+def _is_unconditional(run):
+    """Whether there is a run in the folder, and it draws from nothing but seeds."""
+    from checkpoint import RunFolder
+
+    has_run = (Path(run) / "config.json").is_file()
+    return has_run and RunFolder.read(run).config.get("conditioning") == "none"
 
 
 def _data(options):

@@ -13,7 +13,7 @@ from keras import ops
 import averages
 import parallel
 from diffusion.targets import diffuse, perturbed
-from generate import Networks, Painter, captioned_grid, to_images
+from generate import Networks, Painter, Picture, captioned_grid, to_images
 from metrics import KID
 from model.unet import LogVariance
 from model.vae import kl_divergence, sample_posterior
@@ -312,8 +312,12 @@ class LatentDiffusionTrainer(_Trainer):
 
     def plot_images(self, tokens, path, seeds=None, captions=None, **settings):
         """Draws pictures of `tokens` (N, T) and writes them as a captioned grid to `path`."""
-        captions = self.painter.networks.vocabulary.decode(tokens) if captions is None else captions
-        captioned_grid(self.generate_images(tokens, seeds, **settings), captions).save(path)
+        seeds = np.arange(len(tokens)) if seeds is None else seeds
+        images = self.generate_images(tokens, seeds, **settings)
+        if captions is None:
+            texts = self.painter.networks.vocabulary.decode(tokens)
+            captions = [Picture(*row).caption for row in zip(images, texts, seeds, strict=True)]
+        captioned_grid(images, captions).save(path)
 
 
 class PowerAverages:

@@ -2,7 +2,7 @@
 
     config.json            everything the run was asked for, after defaults
     log.jsonl              a row an epoch
-    vocabulary.json        the words the text encoder knows
+    vocabulary.json        the words, or classes, the text encoder knows
     curves.png, samples/   what to look at
     metrics.json, ema_sweep.png   what `evaluate` has measured
     cache/                 what can be made again: latents, text embeddings

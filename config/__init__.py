@@ -5,6 +5,7 @@ which makes a run's networks from it.
 """
 
 from config.checks import (
+    CONDITIONINGS,
     FEWEST_FOR_KID,
     GRID_STEPS,
     GRIDS,
@@ -20,7 +21,7 @@ from config.checks import (
     check_interval,
     check_sampling,
 )
-from config.presets import CUP3, PRESETS, light, preset
+from config.presets import CUP3, PRESETS, conditioned, light, preset
 from config.settings import (
     AugmentationConfig,
     Config,
@@ -37,6 +38,7 @@ from config.settings import (
 )
 
 __all__ = [
+    "CONDITIONINGS",
     "CUP3",
     "FEWEST_FOR_KID",
     "GRIDS",
@@ -62,6 +64,7 @@ __all__ = [
     "check",
     "check_interval",
     "check_sampling",
+    "conditioned",
     "from_dict",
     "light",
     "part",

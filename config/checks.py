@@ -23,6 +23,7 @@ SAMPLERS = ("ddpm", "ddim", "euler", "euler-ancestral", "heun", "dpmpp-2m", "dpm
 SPACINGS = ("uniform", "leading", "trailing", "karras", "logsnr-uniform")
 # Most steps of the spacings leading and trailing, which take them from the discrete chain's.
 GRID_STEPS = 1000
+CONDITIONINGS = ("text", "class", "none")
 PROCESS_RANGE = (1e-3, 1e3)  # of the shift and the SNR's cap
 
 
@@ -62,6 +63,7 @@ def check(config: Config) -> None:
     for name, value, known in _choices(config):
         if value not in known:
             raise InputError(f"--{name}: received {value!r}, expected one of {', '.join(map(str, known))}")
+    _check_conditioning(config)
     _check_process(config.diffusion)
     check_sampling(
         "--evaluation.", config.evaluation.sampler, config.evaluation.spacing, config.evaluation.steps
@@ -156,6 +158,7 @@ def _fractions(config):
 
 
 def _choices(config):
+    yield "conditioning", config.conditioning, CONDITIONINGS
     yield "vae-training.recon-loss", config.vae_training.recon_loss, ("l1", "mse")
     yield "vae-training.optimizer", config.vae_training.optimizer, ("adamw", "muon")
     yield "training.optimizer", config.training.optimizer, ("adamw", "muon")
@@ -211,6 +214,20 @@ def _check_widths(config):
 def _levels(network):
     n = len(network.level_channels)
     return f"{n} level{'s' * (n != 1)}"
+
+
+def _check_conditioning(config):
+    """Refuses a conditioning with what it cannot have: guidance that has nothing to follow, or classes nobody named."""
+    if config.conditioning == "none" and config.evaluation.guidance != 1:
+        raise InputError(
+            f"--evaluation.guidance: received {config.evaluation.guidance} with --conditioning none, where there is "
+            "nothing to follow; expected 1, which is off"
+        )
+    if config.conditioning == "class" and config.data == Config.data:
+        raise InputError(
+            f"--conditioning: received class with {config.data}, whose flowers have captions but no classes; "
+            "expected --data with a folder of pictures in classes (see dataset/README.md)"
+        )
 
 
 def _check_process(diffusion):

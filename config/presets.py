@@ -70,7 +70,7 @@ PRESETS = {
     "cup3": Preset("Deep Learning Cup 3: Oxford-102 flowers, 128 px, the Cup's U-Net", CUP3, is_large=True),
     "coco": Preset("COCO 2014 captions", lacks="CLIP, the linear schedule and 16-bit floats"),
     "flickr8k": Preset("Flickr8k with a fine-tuned CLIP", lacks="contrastive training of CLIP"),
-    "afhq": Preset("cats at 512 px, unconditional", lacks="the adversarial loss and unconditional training"),
+    "afhq": Preset("cats at 512 px, unconditional", lacks="the adversarial loss"),
     "afhq-text": Preset("cats at 512 px from captions", lacks="the adversarial loss and CLIP"),
     "ffhq-vae": Preset(
         "faces: an autoencoder alone", lacks="KL annealing and training of an autoencoder alone"
@@ -93,6 +93,21 @@ def preset(name: str) -> Config:
             f"this version cannot do that yet, expected one of {ready}"
         )
     return PRESETS[name].config
+
+
+def conditioned(config: Config, conditioning: str) -> Config:
+    """The same settings with pictures drawn from "text", "class" or "none", and what goes with it.
+
+    A label, and the empty text of a model without conditioning, are one token: its learned embedding needs no
+    transformer. Without conditioning there is nothing that guidance could follow, so it is off.
+    """
+    if conditioning != "text":
+        text_encoder = dataclasses.replace(config.text_encoder, layers=0)
+        config = dataclasses.replace(config, conditioning=conditioning, text_encoder=text_encoder)
+    if conditioning == "none":
+        evaluation = dataclasses.replace(config.evaluation, guidance=1.0)
+        config = dataclasses.replace(config, evaluation=evaluation)
+    return config
 
 
 def light(config: Config) -> Config:

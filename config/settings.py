@@ -142,10 +142,12 @@ class Config:
     """Everything that defines a run."""
 
     preset: str = "paper-flowers"  # where the defaults come from: paper-flowers or cup3
-    data: str = "dataset/paper_flowers"  # folder of captioned pictures
+    data: str = "dataset/paper_flowers"  # folder of pictures, with their captions or classes
     run: str = "runs/paper-flowers"  # folder of the run
     seed: int = 0  # of every random draw
     image_size: int = 64  # side of the pictures in pixels
+    # what pictures are drawn from: text, their captions; class, one label each; or none, which needs neither
+    conditioning: str = "text"
     gpus: str = "all"  # GPUs to train on: all, none, or indices such as 0,2
     # train the autoencoder, also one that --vae-from takes; None: only where there is none to take
     train_vae: bool | None = None

@@ -22,7 +22,8 @@ def generate(painter, prompts, count=1, seed=0, progress=None, negative=None, **
 
     Args:
         painter: a `Painter`.
-        prompts: list of str.
+        prompts: list of str: sentences, or names of classes; empty ones, such as [""], where the painter's networks are
+            unconditional.
         count: pictures a prompt.
         seed, progress: of the first picture of a prompt, and a label for a progress bar, or None.
         negative: a str, what guidance leads away from, or None.
@@ -32,9 +33,9 @@ def generate(painter, prompts, count=1, seed=0, progress=None, negative=None, **
         Picture.
 
     Raises:
-        InputError: no prompt, an empty one, or a count, a seed or a setting that cannot be.
+        InputError: no prompt, an empty one or no class, or a count, a seed or a setting that cannot be.
     """
-    _check_request(prompts, count, seed, negative=negative, **settings)
+    _check_request(painter.networks.vocabulary, prompts, count, seed, negative=negative, **settings)
     tokens, _ = painter.networks.vocabulary.encode(prompts)
     if negative is not None:
         settings["negative"] = painter.networks.vocabulary.encode([negative])[0][0]
@@ -44,20 +45,25 @@ def generate(painter, prompts, count=1, seed=0, progress=None, negative=None, **
         yield Picture(image, prompts[index // count], int(seeds[index]))
 
 
-def _check_request(prompts, count, seed, flag="", **settings):
+def _check_request(vocabulary, prompts, count, seed, flag="", **settings):
     """Refuses what cannot be drawn; `flag` goes before the names of settings in the message: "--", or nothing."""
-    _check_prompts(prompts, count, seed)
+    _check_prompts(vocabulary, prompts, count, seed)
     asked = Drawing(**settings)
     _check_steps(asked, flag)
+    if vocabulary.is_unconditional:
+        _check_unguided(asked, flag)
     _check_guidance(asked, flag)
+    if asked.negative is not None:
+        vocabulary.check([asked.negative], f"{flag}negative")
 
 
-def _check_prompts(prompts, count, seed):
+def _check_prompts(vocabulary, prompts, count, seed):
     if not prompts:
         raise InputError("prompts: received none, expected at least one")
     for row, prompt in enumerate(prompts):
-        if not prompt.strip():
+        if not prompt.strip() and not vocabulary.is_unconditional:
             raise InputError(f"prompts: received an empty text in row {row}, expected words")
+    vocabulary.check(prompts)
     if count < 1:
         raise InputError(f"count: received {count}, expected at least 1")
     if not abs(seed) + count < 2**63:
@@ -79,6 +85,15 @@ def _check_steps(asked, flag):
         raise InputError(
             f"{'strength' if asked.area is None else 'area'}: received without a picture to begin with, expected one"
         )
+
+
+def _check_unguided(asked, flag):
+    """Refuses to guide a model that was trained on pictures alone."""
+    why = "for a model without conditioning, where there is nothing to follow"
+    if asked.guidance != 1:
+        raise InputError(f"{flag}guidance: received {asked.guidance} {why}; expected 1, which is off")
+    if asked.negative is not None:
+        raise InputError(f"{flag}negative: received {asked.negative!r} {why}; expected none")
 
 
 def _check_guidance(asked, flag):
@@ -121,7 +136,8 @@ def write_pictures(
 
     Args:
         run: the run's folder.
-        prompt, prompts: sentences, and a text file with a sentence a line, or None.
+        prompt, prompts: sentences or names of classes, and a text file with one a line, or None; neither for a run
+            without conditioning.
         count, seed: see `generate`.
         sampler, spacing, steps, guidance, guidance_interval: the sampler, its times and their number, the strength of
             guidance and the times it acts at; None takes the run's.
@@ -142,10 +158,12 @@ def write_pictures(
         raise InputError(f"--batch-size: received {batch_size}, expected at least 1")
     texts = [*prompt, *(_read_prompts(prompts) if prompts else ())]
     networks, config = load(run)
+    if networks.vocabulary.is_unconditional:
+        texts = texts or [""]
     given = {"sampler": sampler, "spacing": spacing, "steps": steps, "guidance": guidance}
     given |= {"interval": guidance_interval, "rescale": guidance_rescale, "negative": negative}
     settings = drawing(config, **given) | begun_with(init_image, mask, strength, config.image_size)
-    _check_request(texts, count, seed, **settings, flag="--")
+    _check_request(networks.vocabulary, texts, count, seed, **settings, flag="--")
     _warn_of_unknown(run, networks.vocabulary, texts if negative is None else [*texts, negative])
     painter = Painter(networks, config.image_size, batch_size)
     written = {"run": run, **_written(settings, init_image=init_image, mask=mask)}
@@ -178,7 +196,7 @@ def _save_all(pictures, folder, **settings):
         paths.append(folder / f"{number:04d}.png")
         save_png(picture, paths[-1], **settings)
         images.append(picture.image)
-        captions.append(picture.prompt)
+        captions.append(picture.caption)
     with atomic_file(folder / "grid.png") as file:
         captioned_grid(images, captions).save(file, "PNG")
     return paths

@@ -16,11 +16,17 @@ class Picture(NamedTuple):
     prompt: str
     seed: int
 
+    @property
+    def caption(self):
+        """What stands below it in a grid: its prompt, or without one its seed."""
+        return self.prompt or f"seed {self.seed}"
+
 
 def save_png(picture: Picture, path, **settings):
-    """Writes a picture as PNG, with prompt, seed and `settings` as text entries of the file."""
+    """Writes a picture as PNG, with its prompt if it has one, seed and `settings` as text entries of the file."""
     info = PngImagePlugin.PngInfo()
-    for name, value in {"prompt": picture.prompt, "seed": picture.seed, **settings}.items():
+    prompt = {"prompt": picture.prompt} if picture.prompt else {}
+    for name, value in {**prompt, "seed": picture.seed, **settings}.items():
         info.add_itxt(name, str(value))
     with atomic_file(path) as file:
         Image.fromarray(picture.image).save(file, "PNG", pnginfo=info)

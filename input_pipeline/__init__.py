@@ -15,12 +15,13 @@ from input_pipeline.data_folder import CaptionedPictures, load_data
 from input_pipeline.pictures import read_pictures
 from input_pipeline.randomness import key, sample_order, split
 from input_pipeline.safe_pickle import safe_read_pickle
-from input_pipeline.vocabulary import RARE, Vocabulary
+from input_pipeline.vocabulary import RARE, Labels, Vocabulary
 
 __all__ = [
     "RARE",
     "Augmentation",
     "CaptionedPictures",
+    "Labels",
     "Latents",
     "TextContext",
     "Vocabulary",

@@ -1,4 +1,4 @@
-"""Words and their ids: the Cup3 dictionary, or one counted from captions."""
+"""Words and their ids: the Cup3 dictionary, or one counted from captions; and the labels of classes, read as words."""
 
 import collections
 import json
@@ -12,6 +12,7 @@ from errors import InputError
 from files import atomic_file
 
 PAD, RARE = "<PAD>", "<RARE>"
+SHOWN_LABELS = 5  # in a message
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
 
 
@@ -34,10 +35,12 @@ class Vocabulary:
         InputError: '<PAD>' or '<RARE>' is missing, or one word has two ids.
     """
 
+    _specials = (PAD, RARE)
+
     def __init__(self, words, length=20):
         self.words, self.length = tuple(words), int(length)
         counts = collections.Counter(self.words)
-        for special in (PAD, RARE):
+        for special in self._specials:
             if not counts[special]:
                 raise InputError(
                     f"dictionary: the word {special} is missing; received {len(self.words)} words"
@@ -50,13 +53,21 @@ class Vocabulary:
         self._ids = {
             word: index for index, word in enumerate(self.words)
         }  # of several '<PAD>' the last stays
-        self.pad_id, self.rare_id = self._ids.pop(PAD), self._ids[RARE]
+        self.pad_id, self.rare_id = self._ids.pop(PAD), self._ids.get(RARE)
         self._pads = np.array([index for index, word in enumerate(self.words) if word == PAD], np.int32)
 
     @property
     def size(self):
         """Number of ids, paddings included: the rows of an embedding table."""
         return len(self.words)
+
+    @property
+    def is_unconditional(self):
+        """Whether there is no word to draw from, as where a model is trained on pictures alone."""
+        return self.size == len(self._pads)
+
+    def check(self, texts, name="prompts"):
+        """Refuses texts that cannot be encoded: of words there are none, as an unknown one is a '<RARE>' one."""
 
     def encode(self, texts):
         """Ids of texts: lower-cased, punctuation stripped, unknown words '<RARE>', padded or cut to `length`.
@@ -130,20 +141,24 @@ class Vocabulary:
         return np.full((self.length,), self.pad_id, np.int32)
 
     def save(self, path):
-        """Write the words as JSON."""
-        text = json.dumps({"length": self.length, "words": self.words}, ensure_ascii=False, indent=0)
+        """Write the words, or labels, as JSON."""
         with atomic_file(path) as file:
-            file.write(text.encode())
+            file.write(json.dumps(self._content(), ensure_ascii=False, indent=0).encode())
+
+    def _content(self):
+        return {"length": self.length, "words": self.words}
 
     @classmethod
     def load(cls, path):
-        """Read what `save` wrote.
+        """Read what `save` wrote: a `Vocabulary`, or `Labels`.
 
         Raises:
             InputError: the file is missing or holds something else.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if "labels" in content:
+                return Labels(map(str, content["labels"]))
             words, length = tuple(map(str, content["words"])), int(content["length"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             problem = f"{type(error).__name__}: {error}"
@@ -186,6 +201,61 @@ class Vocabulary:
         counts = collections.Counter(word for text in texts for word in words_of(text))
         words = sorted(counts, key=lambda word: (-counts[word], word))
         return cls([PAD, *words, PAD, RARE], length)
+
+
+class Labels(Vocabulary):
+    """The classes of pictures as a vocabulary whose texts are one label each: so labels go the way of captions.
+
+    Id 0 is '<PAD>', the text of no label, for classifier-free guidance; label k has id k + 1. Without any label all
+    pictures have the text of none: they are those of an unconditional model.
+
+    Args:
+        labels: Sequence of str, the names of the classes, of any words; none at all for an unconditional model.
+
+    Raises:
+        InputError: a label twice, or one that is '<PAD>', empty, has blanks at its ends or cannot be printed.
+    """
+
+    _specials = (PAD,)
+
+    def __init__(self, labels):
+        self.labels = tuple(labels)
+        for label in self.labels:
+            if label in ("", PAD) or label != label.strip() or not label.isprintable():
+                raise InputError(f"labels: received {label!r}, expected the name of a class")
+        super().__init__([PAD, *self.labels], length=1)
+
+    def check(self, texts, name="prompts"):
+        """Refuses texts that are neither a label nor empty, which is that of no label.
+
+        Args:
+            texts: Sequence of str.
+            name: What the message calls them.
+
+        Raises:
+            InputError: an unknown label; the line names the first of those that are known.
+        """
+        unknown = self.unknown(texts)
+        if unknown:
+            raise InputError(f"{name}: received {unknown[0]!r}, expected {self._known()}")
+
+    def _known(self):
+        if not self.labels:
+            return "none: the model was trained on pictures alone (--conditioning none)"
+        further = len(self.labels) - SHOWN_LABELS
+        shown = ", ".join(map(repr, self.labels[:SHOWN_LABELS]))
+        return f"a class: {shown}" + (f" or {further} more, see vocabulary.json" if further > 0 else "")
+
+    def _words(self, text):
+        """The whole text is one label."""
+        return [text.strip()] if text.strip() else []
+
+    def _encode(self, text):
+        self.check([text])
+        return super()._encode(text)
+
+    def _content(self):
+        return {"labels": self.labels}
 
 
 def _describe(table):

@@ -238,7 +238,9 @@ class Attention(keras.layers.Layer):
         scores = scores / math.sqrt(self.width // self.heads)
         if mask is not None:
             scores = ops.where(mask[:, None, None, :], scores, MASKED_SCORE)
-        weights = ops.cast(ops.softmax(scores, axis=-1), self.compute_dtype)
+        # Of a single key the weight is 1, with gradients of 0; Keras warns of a softmax over one value.
+        weights = ops.exp(scores - scores) if scores.shape[-1] == 1 else ops.softmax(scores, axis=-1)
+        weights = ops.cast(weights, self.compute_dtype)
         mixed = ops.einsum("bhnt,bthd->bnhd", weights, v)
         return self.to_out(ops.reshape(mixed, (-1, ops.shape(x)[1], self.width)))
 

@@ -112,7 +112,8 @@ def _report_probe(run, right):
 
 def _say_where(run, data):
     best = run.best_state("diffusion")
-    prompt = data.vocabulary.decode(data.shown_tokens[:1])[0]
+    (text,) = data.vocabulary.decode(data.shown_tokens[:1])
+    what = f'--prompt "{text}"' if text else "--count 4"
     print(f"   pictures         {run.path / 'samples'}")
     print(f"   curves           {run.curves_path}")
     if best:
@@ -120,4 +121,4 @@ def _say_where(run, data):
         print(
             f"   best checkpoint  {run.path / 'best'}, of epoch {best['epoch']}, KID {best['value']:.4f} {interval}"
         )
-    print(f'\nDraw a picture:\n   python cup3.py generate --run {run.path} --prompt "{prompt}"')
+    print(f"\nDraw a picture:\n   python cup3.py generate --run {run.path} {what}")

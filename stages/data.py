@@ -1,4 +1,4 @@
-"""The order of the work: the pictures and captions of a run, checked and split."""
+"""The order of the work: the pictures of a run and their captions or classes, checked and split."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from files import fingerprint
 
 
 class Data:
-    """The captioned pictures of a run: in memory or mapped, split, with their validation captions.
+    """The pictures of a run: in memory or mapped, split, with their validation captions (or classes, as captions).
 
     Attributes:
         pictures: uint8 (N, S, S, 3), of a side S that leaves room for the augmentation.
@@ -21,7 +21,7 @@ class Data:
         train_ids, validation_ids: int64, disjoint.
         validation_tokens: int32 (M, T), the first caption of each validation picture.
         shown_tokens: int32 (K, T), what samples are drawn from: the test captions, or those of validation.
-        has_probe: whether these are paper flowers, whose attributes the probe can read.
+        has_probe: whether these are paper flowers with captions, which the probe can compare with pictures.
         fingerprint: of the pictures.
     """
 
@@ -34,7 +34,8 @@ class Data:
         self.validation_tokens = np.stack([self.captions[index][0] for index in self.validation_ids])
         tests = captioned.test_tokens
         self.shown_tokens = self.validation_tokens if tests is None else tests
-        self.has_probe = (Path(config.data) / "attributes.csv").exists()
+        is_described = config.conditioning == "text"
+        self.has_probe = is_described and (Path(config.data) / "attributes.csv").exists()
         self.fingerprint = fingerprint(pictures)
 
     def whole(self, ids, image_size):
@@ -51,7 +52,7 @@ def prepared_data(config, run) -> Data:
     folder = Path(config.data)
     if config.data == settings.Config.data:
         _provide_paper_flowers(folder, config.image_size, run)
-    captioned = pipeline.load_data(folder)
+    captioned = pipeline.load_data(folder, config.conditioning)
     augmentation = pipeline.Augmentation(**settings.part(config.augmentation))
     pictures = pipeline.read_pictures(
         captioned.paths,
@@ -63,7 +64,7 @@ def prepared_data(config, run) -> Data:
     data = Data(config, captioned, pictures, augmentation)
     print(
         f"   {len(pictures)} pictures of {pictures.shape[1]} px, {len(data.validation_ids)} of them for validation; "
-        f"{data.vocabulary.size} words\n   from {folder}"
+        f"{_in_words(data.vocabulary)}\n   from {folder}"
     )
     if config.data == settings.Config.data and len(pictures) != paper_flowers.TRAIN:  # no run begins so
         print(
@@ -71,6 +72,16 @@ def prepared_data(config, run) -> Data:
             f"to have them drawn, move {folder} away and give another --run"
         )
     return data
+
+
+def _in_words(vocabulary):
+    """How much a vocabulary knows, for a user."""
+    if vocabulary.is_unconditional:
+        return "without captions"
+    if isinstance(vocabulary, pipeline.Labels):
+        n = len(vocabulary.labels)
+        return f"{n} class{'es' * (n != 1)}"
+    return f"{vocabulary.size} words"
 
 
 def _provide_paper_flowers(folder, size, run):
@@ -108,6 +119,7 @@ def _keep_vocabulary(config, run, vocabulary):
     if not path.exists():
         vocabulary.save(path)
     elif pipeline.Vocabulary.load(path).words != vocabulary.words:
+        what = "words" if config.conditioning == "text" else "classes"
         raise InputError(
-            f"{config.data}: its words are no longer those of {path}; expected unchanged data, or another --run"
+            f"{config.data}: its {what} are no longer those of {path}; expected unchanged data, or another --run"
         )

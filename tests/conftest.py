@@ -70,9 +70,9 @@ TOY_TEXTS = ("one red flower", "a blue flower with a yellow center", "two green 
 def toy_networks():
     """A function of a seed: the smallest `Networks`, none of whose weights is zero, for pictures of 16 px."""
 
-    def make(seed=0, target="velocity", **process):
+    def make(seed=0, target="velocity", vocabulary=None, **process):
         keras.utils.set_random_seed(seed)
-        vocabulary = Vocabulary.from_texts(TOY_TEXTS, length=7)
+        vocabulary = vocabulary or Vocabulary.from_texts(TOY_TEXTS, length=7)
         vae = AutoencoderKL((4, 4), blocks=(0, 0), latent_channels=2, groups=2, attention=False)
         text_encoder = VocabularyEncoder(vocabulary.size, vocabulary.length, width=8, layers=1, heads=2)
         shape = {"head_channels": 4, "groups": 4, "ff_expansion": 1}
@@ -160,6 +160,17 @@ def photographs(flowers, tmp_path):
             table.writerow([path.name, f"Flower, number {index}!"])
             table.writerow([path.name, "the same one again"])
     return folder
+
+
+@pytest.fixture(scope="module")
+def in_classes(flowers, tmp_path_factory):
+    """A folder of 24 pictures in one folder a class, of two classes."""
+    root = tmp_path_factory.mktemp("in_classes")
+    for index, path in enumerate(sorted((flowers / "102flowers").iterdir())[:24]):
+        folder = root / ("canna lily" if index % 3 else "rose")
+        folder.mkdir(exist_ok=True)
+        shutil.copy(path, folder)
+    return root
 
 
 def _note_skip(report):

@@ -225,6 +225,17 @@ REFUSED = [
         {"vae__level_channels": (8,)},
         "--vae.blocks: received 1 1, expected a number of at least 0 for each of the 1 level",
     ),
+    ({"conditioning": "label"}, "--conditioning: received 'label', expected one of text, class, none"),
+    (
+        {"conditioning": "none", "evaluation__guidance": 2.0},
+        "--evaluation.guidance: received 2.0 with --conditioning none, where there is nothing to follow; expected 1, "
+        "which is off",
+    ),
+    (
+        {"conditioning": "class"},
+        "--conditioning: received class with dataset/paper_flowers, whose flowers have captions but no classes; "
+        "expected --data with a folder of pictures in classes (see dataset/README.md)",
+    ),
     *(
         ({"gpus": gpus}, f"--gpus: received {gpus!r}, expected all, none, or indices such as 0,2")
         for gpus in ("", "first", "-1", "0;1", "0,")
@@ -313,6 +324,8 @@ def test_the_targets_that_a_refusal_names_work():
 
 
 def test_what_is_at_the_edge_works():
+    check(changed(Config(), conditioning="none", evaluation__guidance=1.0))
+    check(changed(Config(), conditioning="class", data="elsewhere"))
     check(changed(Config(), seed=2**32 - 1, training__warmup_steps=0, training__clip_norm=0.0))
     check(changed(Config(), training__steps_per_epoch=None, vae_training__steps_per_epoch=None))
     check(changed(Config(), evaluation__size=1024, augmentation__resize_max=4.0))

@@ -1,6 +1,7 @@
 """The shared blocks against numpy in float64, and their identities."""
 
 import math
+import warnings
 
 import keras
 import numpy as np
@@ -223,6 +224,21 @@ def test_masked_places_have_no_influence():
     other = np.where(mask[..., None], context, 1000 * normal(2, 4, 6, seed=2))
     np.testing.assert_array_equal(layer(x, context, mask), layer(x, other, mask))
     assert np.abs(layer(x, context) - layer(x, other)).max() > 0.1
+
+
+def test_attention_to_a_single_key_is_its_value_without_a_warning():
+    x, context = normal(2, 5, 8), normal(2, 1, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer = built(Attention(8, 2), x, context, np.ones((2, 1), bool))
+        found = layer(x, context, np.ones((2, 1), bool))
+    expected = attention(x, context, np.ones((2, 1), bool), weights(layer), heads=2)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(found, np.repeat(found[:, :1], 5, axis=1), atol=1e-6)
+    with tf.GradientTape() as tape:
+        error = tf.reduce_sum(layer(x, context) ** 2)
+    for gradient in tape.gradient(error, layer.trainable_weights):
+        assert np.isfinite(gradient).all()  # of queries and keys 0, not None
 
 
 def test_attention_with_nothing_to_look_at_is_finite():

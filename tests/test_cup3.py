@@ -77,6 +77,16 @@ def test_light_is_refused_where_the_networks_are_small_already(words):
         cup3.parse(words)
 
 
+@pytest.mark.parametrize("words", [["--conditioning", "none"], ["--conditioning=none", "--seed", "0"]])
+def test_a_conditioning_sets_what_goes_with_it(words):
+    own = cup3.parse(words)[1]
+    assert own == settings.conditioned(Config(), "none")
+    assert (own.conditioning, own.evaluation.guidance) == ("none", 1)
+    settings.check(own)
+    light = settings.conditioned(settings.light(settings.preset("cup3")), "class")
+    assert cup3.parse("--preset cup3 --light --conditioning class".split())[1] == light
+
+
 def test_the_autoencoder_is_trained_or_not_by_a_flag_without_a_value():
     for words, value in (
         (["--train-vae"], True),
@@ -209,8 +219,9 @@ def test_data_draws_the_flowers(tmp_path, capsys):
         (["--preset", "coco"], "--preset: received 'coco', which needs CLIP"),
         (["--image-size", "63"], "--image-size: received 63, expected a multiple of"),
         (["--batch-size", "-5"], "--batch-size: received -5, expected"),
-        (["--data", "absent", "--run", "r"], "absent: is no folder; expected one with captioned pictures"),
+        (["--data", "absent", "--run", "r"], "absent: is no folder; expected one with pictures"),
         (["--gpus", "first"], "--gpus: received 'first', expected all, none, or indices"),
+        (["--conditioning", "labels"], "--conditioning: received 'labels', expected one of text, class"),
         (["generate", "--run", "absent", "--prompt", "x"], "absent: received a folder without config.json"),
         (
             ["generate", "--prompt", "x", "--sampler", "DDIM"],
@@ -360,6 +371,16 @@ def test_what_can_be_refused_at_once_is_refused_before_tensorflow_and_the_settin
     for line, value in zip(process.stderr.splitlines(), received, strict=True):
         assert line.startswith("cup3: ") and value in line
     assert sorted(os.listdir(tmp_path)) == ["begun", "other"]
+
+
+def test_a_run_without_conditioning_needs_no_prompt(monkeypatch):
+    requests = []
+    monkeypatch.setattr(generate, "write_pictures", lambda **request: requests.append(request))
+    for name in ("none", "class"):
+        with RunFolder.open(name, settings.to_dict(settings.conditioned(Config(), name))):
+            pass
+        assert cup3.main(["generate", "--run", name, "--count", "3"]) == (0 if name == "none" else 2)
+    assert [(request["prompt"], request["count"]) for request in requests] == [((), 3)]
 
 
 def test_a_run_that_is_missing_is_refused_with_those_that_are_there(tmp_path, capsys):

@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import config as settings
@@ -34,6 +35,25 @@ def test_data_whose_words_changed_is_refused(photographs, tmp_path):
         InputError, match=r"its words are no longer those of .*vocabulary\.json.* another --run"
     ):
         prepared(photographs, tmp_path / "run", **changes)
+
+
+def test_data_whose_classes_changed_is_refused(in_classes, tmp_path, capsys):
+    changes = {"training.validation_fraction": 0.25, "conditioning": "class"}
+    own = shutil.copytree(in_classes, tmp_path / "own")
+    data = prepared(own, tmp_path / "run", **changes)
+    assert "   24 pictures of 32 px, 6 of them for validation; 2 classes\n" in capsys.readouterr().out
+    assert sorted(set(data.vocabulary.decode(data.shown_tokens))) == ["canna lily", "rose"]
+    np.testing.assert_array_equal(data.shown_tokens, data.validation_tokens)
+    os.rename(own / "rose", own / "tulip")
+    with pytest.raises(InputError, match=r"its classes are no longer those of .*vocabulary\.json"):
+        prepared(own, tmp_path / "run", **changes)
+
+
+def test_flowers_without_their_captions_are_no_ground_for_the_probe(flowers, tmp_path, capsys):
+    data = prepared(flowers, tmp_path / "run", conditioning="none", **{"evaluation.guidance": 1})
+    assert "   48 pictures of 32 px, 6 of them for validation; without captions\n" in capsys.readouterr().out
+    assert not data.has_probe
+    assert data.shown_tokens.tolist() == data.validation_tokens.tolist() == [[0]] * 6
 
 
 def test_the_built_in_data_is_drawn_where_it_is_missing(tmp_path, monkeypatch, capsys):

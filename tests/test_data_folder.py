@@ -46,12 +46,12 @@ def contents(folder):
     }
 
 
-def refused(folder, *parts):
+def refused(folder, *parts, conditioning="text"):
     """Asserts that the folder is refused in one line, which begins with a place in it, holds `parts` in their order and
     tells no more than a line can; and that nothing in the folder changed."""
     before = contents(folder)
     with pytest.raises(InputError) as refusal:
-        load_data(folder)
+        load_data(folder, conditioning)
     message = str(refusal.value)
     assert message.isprintable() and len(message) < 400
     assert message.startswith(str(folder))
@@ -148,7 +148,8 @@ def test_refuses_bad_tests(tmp_path):
 
 def test_refuses_missing_folders_and_dictionaries(tmp_path):
     refused(tmp_path / "none", "none", "is no folder")
-    refused(tmp_path, str(tmp_path), "holds neither", "give --data a folder that does")
+    ways_out = ["give --data a folder that does", "--conditioning class", "none"]
+    refused(tmp_path, str(tmp_path), "holds neither", *ways_out)
     root = cup3(tmp_path / "d")
     (root / "dictionary" / "word2Id.npy").write_bytes(b"junk")
     refused(root, "word2Id.npy", "cannot be read as a dictionary")
@@ -264,6 +265,140 @@ def test_refuses_damaged_metadata(tmp_path, name, content, parts):
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     (tmp_path / name).write_bytes(content)
     refused(tmp_path, name, *parts)
+
+
+# Classes, and pictures alone.
+
+
+def labels(data):
+    """What `load_data` says of each picture, by its name."""
+    assert all(rows.shape == (1, 1) and rows.dtype == np.int32 for rows in data.captions)
+    texts = (data.vocabulary.decode(rows)[0] for rows in data.captions)
+    return {path.name: text for path, text in zip(data.paths, texts, strict=True)}
+
+
+LABELLED = [("a.png", "canna lily"), ("sub/b.png", " Iris "), ("a.png", "canna lily")]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize("column", ["label", "class"])
+def test_a_table_of_labels(tmp_path, kind, column):
+    data = load_data(metadata(tmp_path / "d", kind, LABELLED, ("file_name", column)), "class")
+    assert labels(data) == {"a.png": "canna lily", "b.png": "Iris"}
+    assert data.vocabulary.labels == ("Iris", "canna lily")
+    assert data.test_tokens is None
+
+
+def test_a_label_may_be_a_number_and_stand_beside_other_columns(tmp_path):
+    rows = [("a.png", "a rose", 1, "x"), ("sub/b.png", "a tulip", 0, "y")]
+    for kind in ("csv", "jsonl"):
+        folder = metadata(tmp_path / kind, kind, rows, ("file_name", "text", "label", "class"))
+        assert labels(load_data(folder, "class")) == {"a.png": "1", "b.png": "0"}
+        assert load_data(folder).vocabulary.words[1] == "a"
+    (tmp_path / "csv" / "metadata.csv").write_text("label;file_name\n3;a.png\n")
+    assert labels(load_data(tmp_path / "csv", "class")) == {"a.png": "3"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts"),
+    [
+        ([("a.png", "rose"), ("sub/b.png", " ")], ["line 2", "label is ' '", "expected the name of a class"]),
+        ([("a.png", "rose"), ("sub/b.png", "<PAD>")], ["line 2", "'<PAD>'"]),
+        ([("a.png", True)], ["line 1", "label is True"]),
+        ([("a.png", None)], ["line 1", "label is None"]),
+        ([("a.png", "two\nlines")], ["line 1", r"'two\nlines'"]),
+        (
+            [("a.png", "rose"), ("a.png", "iris")],
+            ["line 2", "'iris', but 'rose' before; expected one a picture"],
+        ),
+        ([("a.png", "rose"), ("c.png", "rose")], ["line 2", "c.png does not exist"]),
+        ([], ["has no rows"]),
+    ],
+)
+def test_refuses_labels_by_their_line(tmp_path, rows, parts):
+    folder = metadata(tmp_path / "d", "jsonl", rows, ("file_name", "label"))
+    refused(folder, "metadata.jsonl", *parts, conditioning="class")
+
+
+def in_folders(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16)).save(folder / name)
+    return folder
+
+
+def test_folders_are_classes_where_there_is_no_table(tmp_path):
+    folder = in_folders(tmp_path / "d", "canna lily/b.JPG", "canna lily/.c.png", "Iris/a.webp", ".git/d.png")
+    (folder / "Iris" / "notes.txt").write_text("no picture")
+    (folder / "empty").mkdir()
+    data = load_data(folder, "class")
+    assert labels(data) == {"a.webp": "Iris", "b.JPG": "canna lily"}
+    assert data.paths == (folder / "Iris" / "a.webp", folder / "canna lily" / "b.JPG")
+    assert data.vocabulary.labels == ("Iris", "canna lily")
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("top.png", ["top.png: lies beside the folders of the classes", "/CLASS/top.png", "a column label"]),
+        ("train/rose/b.png", ["b.png: lies deeper than in the folders of the classes", "/CLASS/b.png"]),
+        (" rose/b.png", ["labels: received ' rose'", "expected the name of a class"]),
+    ],
+)
+def test_refuses_pictures_that_are_in_no_class(tmp_path, name, parts):
+    folder = in_folders(tmp_path / "d", "rose/a.png", name)
+    if "labels" in parts[0]:
+        with pytest.raises(InputError, match=f"^{parts[0]}.*{parts[1]}"):
+            load_data(folder, "class")
+    else:
+        refused(folder, *parts, conditioning="class")
+
+
+def test_captions_are_no_classes_and_labels_no_captions(tmp_path):
+    column = "column label is missing; received file_name, text; expected file_name and label"
+    captioned = metadata(tmp_path / "captioned", "csv")
+    refused(captioned, "metadata.csv", column, "one folder a class", conditioning="class")
+    refused(cup3(tmp_path / "cup"), "text2ImgData.pkl: holds captions but no classes", conditioning="class")
+    labelled = metadata(tmp_path / "labelled", "csv", LABELLED, ("file_name", "label"))
+    column = "column text is missing; received file_name, label; expected file_name and text"
+    refused(labelled, "metadata.csv", column, "--conditioning class", "or none")
+
+
+def test_without_conditioning_any_folder_of_pictures_does(tmp_path):
+    folders = {
+        "alone": in_folders(tmp_path / "alone", "b.png", "sub/deeper/a.jpg"),
+        "captioned": metadata(tmp_path / "captioned", "csv"),
+        "listed": metadata(tmp_path / "listed", "jsonl", [("sub/b.png",)], ("file_name",)),
+        "cup": cup3(tmp_path / "cup", captions=[None, None]),
+    }
+    (tmp_path / "cup" / "dictionary" / "word2Id.npy").unlink()
+    expected = {
+        "alone": ["b.png", "a.jpg"],
+        "captioned": ["a.png", "b.png"],
+        "listed": ["b.png"],
+        "cup": ["image_00001.jpg", "image_00002.jpg"],
+    }
+    for name, folder in folders.items():
+        data = load_data(folder, "none")
+        assert labels(data) == dict.fromkeys(expected[name], "")
+        assert data.vocabulary.is_unconditional and data.test_tokens is None
+
+
+def test_refuses_folders_without_pictures_and_links_out_of_them(tmp_path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for conditioning in ("class", "none"):
+        refused(folder, "holds no picture", ".jpg", conditioning=conditioning)
+    in_folders(tmp_path, "outside.png")
+    (folder / "link.png").symlink_to(tmp_path / "outside.png")
+    refused(folder, "'link.png' is a link out of the data folder", conditioning="none")
+
+
+def test_refuses_an_unknown_conditioning(tmp_path):
+    with pytest.raises(
+        InputError, match="^conditioning: received 'labels', expected one of text, class, none$"
+    ):
+        load_data(tmp_path, "labels")
 
 
 @pytest.mark.skipif(REAL is None, reason="CUP3_REAL_DATA is not set")

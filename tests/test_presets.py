@@ -1,8 +1,10 @@
 """Every system is in the table of presets, ready or with what it lacks."""
 
+import dataclasses
+
 import pytest
 
-from config import PRESETS, Config, check, light, preset
+from config import CONDITIONINGS, PRESETS, Config, check, conditioned, light, preset
 from errors import InputError
 
 SEVEN = ["paper-flowers", "cup3", "coco", "flickr8k", "afhq", "afhq-text", "ffhq-vae"]
@@ -58,6 +60,26 @@ def test_light_keeps_the_data_and_the_judgement(name):
     for kept in ("preset", "data", "run", "seed", "image_size", "augmentation"):
         assert getattr(small, kept) == getattr(whole, kept)
     assert small.evaluation.guidance == whole.evaluation.guidance
+
+
+@pytest.mark.parametrize("name", READY)
+def test_a_conditioning_changes_what_goes_with_it_and_nothing_else(name):
+    base = dataclasses.replace(preset(name), data="elsewhere")
+    for conditioning in CONDITIONINGS:
+        config = conditioned(base, conditioning)
+        check(config)
+        assert config.conditioning == conditioning
+        expected_layers = base.text_encoder.layers if conditioning == "text" else 0
+        expected_guidance = 1 if conditioning == "none" else base.evaluation.guidance
+        assert (config.text_encoder.layers, config.evaluation.guidance) == (
+            expected_layers,
+            expected_guidance,
+        )
+        text_encoder = dataclasses.replace(config.text_encoder, layers=base.text_encoder.layers)
+        evaluation = dataclasses.replace(config.evaluation, guidance=base.evaluation.guidance)
+        own = {"conditioning": "text", "text_encoder": text_encoder, "evaluation": evaluation}
+        assert dataclasses.replace(config, **own) == base
+    assert conditioned(base, "text") is base
 
 
 def test_light_takes_smaller_networks_than_the_cups():

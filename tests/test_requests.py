@@ -15,7 +15,7 @@ from generate import (
     captioned_grid,
     write_pictures,
 )
-from input_pipeline import read_pictures
+from input_pipeline import Labels, read_pictures
 from tests.drawings import (
     DRAWN_CONFIG,
     GUIDANCE,
@@ -211,6 +211,81 @@ def test_a_refused_request_writes_nothing(run_path, tmp_path, monkeypatch, reque
     assert str(refusal.value).startswith(line)
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def class_painter(toy_networks):
+    return Painter(toy_networks(vocabulary=Labels(["canna lily", "rose"])), image_size=16)
+
+
+@pytest.fixture(scope="module")
+def unconditional_painter(toy_networks):
+    return Painter(toy_networks(vocabulary=Labels(())), image_size=16)
+
+
+def test_a_class_is_drawn_by_its_name_and_followed_by_guidance(class_painter):
+    settings = {"guidance": 6.0, "seed": 3}
+    both = drawn(class_painter, ["canna lily", "rose"], **settings)
+    assert [picture.prompt for picture in both] == ["canna lily", "rose"]
+    lily, rose = images(both)
+    assert np.abs(lily - rose).max() > 2
+    (alone,) = images(drawn(class_painter, ["rose"], **settings))
+    np.testing.assert_allclose(alone, rose, atol=1)
+    (unguided,) = images(drawn(class_painter, ["rose"], seed=3, guidance=1.0))
+    assert np.abs(unguided - rose).max() > 2
+    (away,) = images(drawn(class_painter, ["rose"], **settings, negative="canna lily"))
+    assert np.abs(away - rose).max() > 2
+
+
+def test_without_conditioning_pictures_are_those_of_their_seeds(unconditional_painter):
+    pictures = drawn(unconditional_painter, [""], count=3, seed=5, guidance=1.0)
+    assert [(picture.prompt, picture.seed) for picture in pictures] == [("", 5), ("", 6), ("", 7)]
+    first, second, _ = images(pictures)
+    assert np.abs(first - second).max() > 2
+    (again,) = images(drawn(unconditional_painter, [""], seed=6, guidance=1.0))
+    np.testing.assert_allclose(again, second, atol=1)
+
+
+@pytest.mark.parametrize(
+    ("which", "request_", "line"),
+    [
+        (
+            "class",
+            {"prompts": ["tulip"]},
+            "prompts: received 'tulip', expected a class: 'canna lily', 'rose'",
+        ),
+        ("class", {"prompts": ["rose", ""]}, "prompts: received an empty text in row 1, expected words"),
+        (
+            "class",
+            {"prompts": ["rose"], "negative": "lily"},
+            "negative: received 'lily', expected a class: 'canna lily', 'rose'",
+        ),
+        (
+            "none",
+            {"prompts": ["rose"], "guidance": 1},
+            "prompts: received 'rose', expected none: the model was trained on pictures alone (--conditioning none)",
+        ),
+        (
+            "none",
+            {"prompts": [""]},
+            "guidance: received 2.5 for a model without conditioning, where there is nothing to follow; expected 1, "
+            "which is off",
+        ),
+        (
+            "none",
+            {"prompts": [""], "guidance": 1, "negative": "rose"},
+            "negative: received 'rose' for a model without conditioning, where there is nothing to follow; "
+            "expected none",
+        ),
+    ],
+)
+def test_what_no_class_says_or_nothing_could_follow_is_refused(
+    class_painter, unconditional_painter, which, request_, line
+):
+    painter = {"class": class_painter, "none": unconditional_painter}[which]
+    with pytest.raises(InputError) as refusal:
+        next(generate.generate(painter, **request_))
+    assert str(refusal.value) == line
 
 
 def test_a_prompts_file_that_is_no_text_is_refused(run_path, tmp_path):

@@ -38,6 +38,14 @@ def test_save_png_keeps_any_text(tmp_path):
         assert file.text == {"prompt": "ein „roter“ 花", "seed": "-1", "note": "ü\nb"}
 
 
+def test_a_picture_without_a_prompt_is_known_by_its_seed(tmp_path):
+    picture = Picture(np.zeros((4, 4, 3), "uint8"), "", 7)
+    assert (picture.caption, picture._replace(prompt="a rose").caption) == ("seed 7", "a rose")
+    save_png(picture, tmp_path / "x.png", steps=2)
+    with Image.open(tmp_path / "x.png") as file:
+        assert file.text == {"seed": "7", "steps": "2"}
+
+
 def test_a_picture_whose_writing_is_cut_is_not_there(tmp_path, monkeypatch):
     def cut(self, file, *arguments, **keywords):
         file.write(b"half of a picture")

@@ -1,6 +1,8 @@
 """The whole work in its order: what it leaves, that it goes on where it stopped, and what it refuses."""
 
+import contextlib
 import errno
+import io
 import json
 import math
 import os
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import callbacks
 import config as settings
 import cup3
 import stages
@@ -274,6 +277,103 @@ def test_a_folder_with_metadata_trains_on_another_runs_autoencoder(finished, pho
     assert (folder / "curves.png").exists()
     networks, _ = load(folder)
     assert {"flower", "number", "11", "again"} <= set(networks.vocabulary.words)
+
+
+CONDITIONED = {
+    "class": {"conditioning": "class"},
+    "none": {"conditioning": "none", "evaluation.guidance": 1.0},
+}
+LABELS = {"class": ["canna lily", "rose"], "none": []}
+
+
+def without_captions(conditioning, data, run, vae_from):
+    """The command line of a tiny training on pictures in classes."""
+    changes = {**CONDITIONED[conditioning], "vae_from": vae_from, "training.validation_fraction": 0.25}
+    return words(data, run, **changes)
+
+
+@pytest.fixture(scope="module", params=CONDITIONED)
+def uncaptioned(request, finished, in_classes, tmp_path_factory):
+    """(conditioning, run folder, what was printed) of a run on pictures without captions that nothing stopped."""
+    folder, printed = tmp_path_factory.mktemp("runs") / request.param, io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert cup3.main(without_captions(request.param, in_classes, folder, finished[0])) == 0
+    return request.param, folder, printed.getvalue()
+
+
+def test_a_run_without_captions_is_measured_and_shown_as_any_other(uncaptioned):
+    conditioning, folder, printed = uncaptioned
+    run, labels = RunFolder.read(folder), LABELS[conditioning]
+    rows = run.rows()  # none of the probe
+    assert [(row["stage"], row["protocol"]["n_generated"]) for row in rows] == [("diffusion", 6)] * 2
+    assert all(row["val_kid_low"] < row["val_kid"] < row["val_kid_high"] for row in rows)
+    assert json.loads((folder / "vocabulary.json").read_text()) == {"labels": labels}
+    embeddings = run.latest("diffusion").tensors["ema_text_encoder/words/embeddings"]
+    assert embeddings.shape == (1 + len(labels), 8)
+    with Image.open(folder / "samples" / "epoch_002.png") as sheet:
+        assert np.asarray(sheet).std() > 20
+    what = f'--prompt "({"|".join(labels)})"' if labels else "--count 4"
+    assert re.search(rf"\n   python cup3\.py generate --run {folder} {what}\n$", printed)
+
+
+def test_a_run_without_captions_draws_classes_or_seeds_and_nothing_else(uncaptioned, tmp_path, capsys):
+    conditioning, folder, _ = uncaptioned
+    line = ["generate", "--run", str(folder), "--out"]
+    request, expected = {
+        "class": (["--prompt", "rose", "--prompt", "canna lily"], [("rose", "0"), ("canna lily", "0")]),
+        "none": (["--count", "3", "--seed", "5"], [(None, "5"), (None, "6"), (None, "7")]),
+    }[conditioning]
+    assert cup3.main([*line, str(tmp_path / "out"), *request]) == 0
+    found = []
+    for path in sorted((tmp_path / "out").glob("0*.png")):
+        with Image.open(path) as picture:
+            assert picture.size == (32, 32)
+            found.append((picture.text.get("prompt"), picture.text["seed"]))
+    assert found == expected
+    assert (tmp_path / "out" / "grid.png").exists()
+    capsys.readouterr()
+    expected = {
+        "class": "a class: 'canna lily', 'rose'",
+        "none": "none: the model was trained on pictures alone",
+    }
+    told = refusal(capsys, [*line, str(tmp_path / "no"), "--prompt", "tulip"])
+    assert told.startswith(f"prompts: received 'tulip', expected {expected[conditioning]}")
+    if conditioning == "none":
+        told = refusal(capsys, [*line, str(tmp_path / "no"), "--guidance", "3"])
+        assert told.startswith("--guidance: received 3.0 for a model without conditioning")
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_stopped_run_without_captions_ends_as_one_that_was_not(
+    uncaptioned, finished, in_classes, tmp_path, monkeypatch
+):
+    conditioning, whole, _ = uncaptioned
+    line = without_captions(conditioning, in_classes, tmp_path / "run", finished[0])
+    begin = callbacks.Keeper.on_train_batch_begin
+
+    def stop_in_the_step(keeper, batch, logs=None):
+        begin(keeper, batch, logs)
+        if keeper.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.Keeper, "on_train_batch_begin", stop_in_the_step)
+        with pytest.raises(SystemExit) as end:
+            cup3.main(line)
+    run, whole = RunFolder.read(tmp_path / "run"), RunFolder.read(whole)
+    assert (end.value.code, run.latest("diffusion").step) == (143, 2)
+    assert cup3.main(line) == 0
+    assert_same(run.latest("diffusion").tensors, whole.latest("diffusion").tensors)
+    assert without_seconds(run.rows()) == without_seconds(whole.rows())
+
+
+def test_pictures_without_captions_are_no_ground_for_a_model_of_text(in_classes, tmp_path, capsys):
+    line = refusal(capsys, words(in_classes, tmp_path / "run"))
+    assert line.startswith(f"{in_classes}: holds neither dataset/text2ImgData.pkl nor metadata.csv")
+    assert "--conditioning class" in line and "or none" in line
+    line = refusal(capsys, words(in_classes / "rose", tmp_path / "run", conditioning="class"))
+    assert "lies beside the folders of the classes" in line
+    assert not (tmp_path / "run").exists()
 
 
 # What is refused: one line, exit code 2, nothing half written.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from errors import InputError
-from input_pipeline.vocabulary import Vocabulary
+from input_pipeline.vocabulary import Labels, Vocabulary
 
 WORDS = ["<PAD>", "flower", "petals", "pink", "rare", "<PAD>", "<RARE>"]
 
@@ -86,7 +86,9 @@ def test_json_round_trip(vocabulary, tmp_path):
     assert (loaded.words, loaded.length) == (vocabulary.words, vocabulary.length)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"words": ["a"]}', '{"words": 3, "length": 20}'])
+@pytest.mark.parametrize(
+    "text", ["", "[1]", '{"words": ["a"]}', '{"words": 3, "length": 20}', '{"labels": 3}']
+)
 def test_load_refuses_other_files(tmp_path, text):
     (tmp_path / "v.json").write_text(text)
     with pytest.raises(InputError, match="v.json"):
@@ -97,6 +99,54 @@ def test_from_texts_counts_words_in_the_order_of_the_cup():
     vocabulary = Vocabulary.from_texts(["A rose, a rose.", "a Tulip"], length=5)
     assert vocabulary.words == ("<PAD>", "a", "rose", "tulip", "<PAD>", "<RARE>")
     assert vocabulary.encode(["a tulip"])[0].tolist() == [[1, 3, 4, 4, 4]]
+
+
+FLOWERS = ("canna lily", "Iris", "tulip")
+
+
+def test_a_label_is_a_text_of_one_id_whatever_its_words():
+    labels = Labels(FLOWERS)
+    tokens, mask = labels.encode(["tulip", " canna lily", ""])
+    assert (tokens.tolist(), mask.tolist()) == ([[3], [1], [0]], [[True]] * 3)
+    assert tokens.dtype == np.int32
+    assert labels.decode(tokens) == ["tulip", "canna lily", ""]
+    assert (labels.size, labels.length, labels.empty().tolist()) == (4, 1, [0])
+    assert not labels.is_unconditional and not Vocabulary(WORDS).is_unconditional
+
+
+def test_an_unknown_label_is_refused_with_the_first_that_are_known():
+    with pytest.raises(
+        InputError, match="^prompts: received 'lily', expected a class: 'canna lily', 'Iris', 't"
+    ):
+        Labels(FLOWERS).encode(["tulip", "lily"])
+    many = Labels([f"c{index}" for index in range(8)])
+    with pytest.raises(
+        InputError, match=r"^a: received 'c9', expected a class: 'c0', .*'c4' or 3 more, see vocab"
+    ):
+        many.check(["c1", "c9"], "a")
+    for text in ("iris", "tulip canna lily", "<PAD>", "<RARE>"):
+        assert Labels(FLOWERS).unknown(["tulip", "", text]) == [text]
+
+
+def test_without_labels_there_is_the_empty_text_only():
+    labels = Labels(())
+    assert labels.is_unconditional
+    assert labels.encode(["", " "])[0].tolist() == [[0], [0]] == [labels.empty().tolist()] * 2
+    with pytest.raises(InputError, match="^prompts: received 'a rose', expected none: .*--conditioning none"):
+        labels.check(["", "a rose"])
+
+
+@pytest.mark.parametrize("labels", [FLOWERS, ()])
+def test_labels_survive_json(labels, tmp_path):
+    Labels(labels).save(tmp_path / "v.json")
+    loaded = Vocabulary.load(tmp_path / "v.json")
+    assert (type(loaded), loaded.labels, loaded.words) == (Labels, labels, ("<PAD>", *labels))
+
+
+@pytest.mark.parametrize("label", ["", " rose", "<PAD>", "a\nb", "\udcff"])
+def test_refuses_labels_that_nobody_could_name(label):
+    with pytest.raises(InputError, match="^labels: received .*, expected the name of a class$"):
+        Labels(["tulip", label])
 
 
 @pytest.mark.parametrize(
