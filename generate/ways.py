@@ -31,7 +31,7 @@ def mixed(denoise_pair, share):
     """A `denoise` on the way between two prompts: the predictions for both, `share` (B, 1, 1, 1) of the second's.
 
     The score that a mean of predictions stands for is that of the product of both distributions, each to the power of
-    its share (Liu et al. 2022, section 3.2, at every time). So the way begins and ends with just what each prompt alone
+    its share at each time (Liu et al. 2022). So the way begins and ends with just what each prompt alone
     predicts, and no place is half a word: a mean of the embeddings would need one mask for prompts of unlike lengths,
     under which the shorter one's padding is attended to, or a word of the longer one appears at once.
 
