@@ -90,9 +90,8 @@ class Generate:
     strength: float | None = None
     mask: str | None = None  # picture file of its size: white is drawn anew, black stays as it is
     to_prompt: str | None = None  # draws frames on the way from --prompt to this sentence
-    to_seed: int | None = (
-        None  # draws frames on the way from --seed to this one; with --to-prompt both at once
-    )
+    # draws frames on the way from --seed to this one; with --to-prompt both at once
+    to_seed: int | None = None
     frames: int | None = None  # pictures on the way, both ends counted; None: 8
     gif: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # the frames as an animated frames.gif too
     # a sheet 0000_steps.png beside each picture, of what it looks like after each step

@@ -266,6 +266,7 @@ class Painter:
         denoise = asking("own")
         if kind.led:
             denoise = mixed(asking("own", "to"), _of_samples(rows["shares"]))
+            # What guidance leads to is no single context here, so it takes two denoisers, not a pair in one batch.
             denoise = autoguide(denoise, asking("other"), *guidance) if kind.guided else denoise
         elif kind.guided:
             denoise = guide(asking("own", "other"), *guidance, denoise)
