@@ -169,16 +169,12 @@ class Painter:
         vocabulary, way = self.networks.vocabulary, way or Way(None)
         tokens = np.asarray(tokens, "int32")
         other = np.broadcast_to(vocabulary.empty() if negative is None else negative, tokens.shape)
-        rows = {"own": tokens, "other": other, "to": way.tokens}
-        rows |= {"seeds": seeds, "to_seeds": way.seeds, "shares": way.shares}
-        rows = {name: rows[name] for name in kind.rows}
-        texts = {name: np.asarray(rows[name], "int32") for name in ("own", "other", "to") if name in rows}
-        rows |= {name: (ids, vocabulary.mask(ids)) for name, ids in texts.items()}
-        return tf.nest.map_structure(
-            lambda row, spec: np.asarray(row, spec.dtype.as_numpy_dtype),
-            rows,
-            {name: self._row_specs[name] for name in rows},
-        )
+        texts = {"own": tokens, "other": other, "to": way.tokens}
+        seeds = {"seeds": seeds, "to_seeds": way.seeds}
+        rows = {name: np.asarray(ids, "int32") for name, ids in texts.items() if name in kind.rows}
+        rows = {name: (ids, vocabulary.mask(ids)) for name, ids in rows.items()}
+        rows |= {name: np.asarray(own, "int64") for name, own in seeds.items() if name in kind.rows}
+        return rows | ({"shares": np.asarray(way.shares, "float32")} if "shares" in kind.rows else {})
 
     def _shared(self, kind, asked):
         """The inputs of a kind of drawing that all pictures share, as tensors by their names."""
