@@ -83,11 +83,22 @@ class Generate:
     guidance_interval: tuple[float, float] | None = None
     # share of the contrast that guidance adds to take back, 0 to 1; None: 0
     guidance_rescale: float | None = None
+    # share of each prediction's values that are left as they are, such as 0.995: the largest are cut; None: all
+    threshold: float | None = None
+    # with --threshold: the size, in standard deviations, below which nothing is cut; None: 3
+    threshold_limit: float | None = None
     negative: str | None = None  # a sentence that guidance leads away from
     init_image: str | None = None  # picture file to begin with, instead of noise alone
     # how far from it, above 0 to 1, which takes none of it; None: 0.6, or 1 with a mask
     strength: float | None = None
     mask: str | None = None  # picture file of its size: white is drawn anew, black stays as it is
+    to_prompt: str | None = None  # draws frames on the way from --prompt to this sentence
+    # draws frames on the way from --seed to this one; with --to-prompt both at once
+    to_seed: int | None = None
+    frames: int | None = None  # pictures on the way, both ends counted; None: 8
+    gif: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # the frames as an animated frames.gif too
+    # a sheet 0000_steps.png beside each picture, of what it looks like after each step
+    show_steps: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     batch_size: int = 16  # pictures drawn at once
     out: str = "pictures"  # folder for the PNG files and grid.png
 

@@ -5,13 +5,16 @@ The command line, previews in training, evaluation and the web page all call it.
 
 from generate.networks import Networks, load, make_diffusion, make_vae, rebuilt_average, snapshots_of
 from generate.painter import Painter, drawing, noise_of, to_images
-from generate.requests import generate, write_pictures
-from generate.sheets import Picture, captioned_grid, save_png
+from generate.requests import between, generate, write_pictures
+from generate.sheets import Picture, captioned_grid, save_gif, save_png
+from generate.ways import Way
 
 __all__ = [
     "Networks",
     "Painter",
     "Picture",
+    "Way",
+    "between",
     "captioned_grid",
     "drawing",
     "generate",
@@ -20,6 +23,7 @@ __all__ = [
     "make_vae",
     "noise_of",
     "rebuilt_average",
+    "save_gif",
     "save_png",
     "snapshots_of",
     "to_images",

@@ -10,9 +10,10 @@ from tqdm import tqdm
 
 import parallel
 from config import Config
-from diffusion.guidance import guide, inpaint
-from diffusion.samplers import SAMPLERS, STOCHASTIC
+from diffusion.guidance import autoguide, guide, inpaint, slerp, threshold
+from diffusion.samplers import SAMPLERS, STOCHASTIC, evaluations, step_by_step
 from diffusion.times import last_times, sampling_times
+from generate.ways import Way, mixed
 from input_pipeline import to_pixels
 
 ALWAYS = (0.0, 1.0)  # the interval of all diffusion times
@@ -30,6 +31,9 @@ class Drawing(NamedTuple):
         spacing: of its times, see `diffusion.times.sampling_times`.
         negative: what guidance leads away from: int32 (T,), and to `generate` a str; None is the empty text.
         rescale: share of the spread that guidance adds which is taken back, see `diffusion.guidance.guide`.
+        threshold: the quantile of its magnitudes that each prediction is cut at, above 0 and below 1, see
+            `diffusion.guidance.threshold`; None is off.
+        threshold_limit: the magnitude below which nothing is cut, in standard deviations of the latents.
         picture: uint8 (H, W, 3), that drawing begins with, or None.
         strength: share of the steps that are made, from the picture with the noise of the first of them; 1 begins
             with noise alone.
@@ -43,6 +47,8 @@ class Drawing(NamedTuple):
     spacing: str = "uniform"
     negative: np.ndarray | str | None = None
     rescale: float = 0.0
+    threshold: float | None = None
+    threshold_limit: float = 3.0
     picture: np.ndarray | None = None
     strength: float = 1.0
     area: np.ndarray | None = None
@@ -54,6 +60,49 @@ def drawing(config: Config, **given) -> dict:
     own = {name: getattr(judged, name) for name in ("steps", "guidance", "sampler", "spacing")}
     own["interval"] = judged.guidance_interval
     return own | {name: value for name, value in given.items() if value is not None}
+
+
+class Kind(NamedTuple):
+    """What a graph of drawing is made for; all else are its inputs."""
+
+    sampler: str
+    guided: bool
+    within: bool = False  # only at some times
+    rescaled: bool = False
+    thresholded: bool = False
+    begun: bool = False  # from the latents of a picture
+    masked: bool = False
+    led: bool = False  # to another prompt
+    turned: bool = False  # to another seed
+
+    @classmethod
+    def of(cls, asked: Drawing, way: Way | None):
+        """The kind that such a drawing is of."""
+        guided = asked.guidance != 1
+        return cls(
+            asked.sampler,
+            guided,
+            within=guided and tuple(asked.interval) != ALWAYS,
+            rescaled=asked.rescale != 0,
+            thresholded=asked.threshold is not None,
+            begun=asked.picture is not None and asked.strength < 1,
+            masked=asked.area is not None,
+            led=way is not None and way.tokens is not None,
+            turned=way is not None and way.seeds is not None,
+        )
+
+    @property
+    def rows(self):
+        """Names of the inputs that have a row a picture."""
+        names = ["own", "other", "seeds"] + ["to"] * self.led + ["to_seeds"] * self.turned
+        return names + ["shares"] * (self.led or self.turned)
+
+    @property
+    def shared(self):
+        """Names of the inputs that all pictures share."""
+        names = ["times", "guidance", "interval", "rescale"]
+        names += ["threshold", "threshold_limit"] * self.thresholded
+        return names + ["picture"] * (self.begun or self.masked) + ["area"] * self.masked
 
 
 class Painter:
@@ -68,68 +117,83 @@ class Painter:
     def __init__(self, networks, image_size, batch_size=16):
         self.networks, self.batch_size = networks, batch_size
         self.image_size, self.latent_shape = image_size, networks.vae.latent_shape(image_size)
-        length = networks.vocabulary.length
-        text = [tf.TensorSpec([None, length], tf.int32), tf.TensorSpec([None, length], tf.bool)]
-        self._signature = [
-            *(text + text),
-            tf.TensorSpec([None], tf.int64),
-            tf.TensorSpec([None], tf.float32),
-            tf.TensorSpec([], tf.float32),
-            tf.TensorSpec([2], tf.float32),
-            tf.TensorSpec([], tf.float32),
-        ]
-        self._picture = tf.TensorSpec([image_size, image_size, 3], tf.uint8)
-        self._area = tf.TensorSpec([image_size, image_size], tf.float32)
+        length, spec = networks.vocabulary.length, tf.TensorSpec
+        text = spec([None, length], tf.int32), spec([None, length], tf.bool)
+        seeds, times, number = spec([None], tf.int64), spec([None], tf.float32), spec([], tf.float32)
+        self._row_specs = {"own": text, "other": text, "to": text}
+        self._row_specs |= {"seeds": seeds, "to_seeds": seeds, "shares": times}
+        self._shared_specs = {"times": times, "interval": spec([2], tf.float32)}
+        self._shared_specs |= dict.fromkeys(["guidance", "rescale", "threshold", "threshold_limit"], number)
+        self._shared_specs["picture"] = spec([image_size, image_size, 3], tf.uint8)
+        self._shared_specs["area"] = spec([image_size, image_size], tf.float32)
         self._compiled = {}
-        self._denoised = tf.function(self._predict)  # traced once, for both cases within and without guidance
+        # Traced once, for all kinds of drawing, also step by step.
+        latents, encoder = spec([None, *self.latent_shape], tf.float32), networks.text_encoder
+        context = spec([None, *encoder.context_shape], encoder.compute_dtype)
+        self._denoised = tf.function(self._predict, input_signature=[latents, times, context, text[1]])
+        self._decoded = tf.function(self._decode, input_signature=[latents])
 
-    def draw(self, tokens, seeds, progress=None, **settings):
+    def draw(self, tokens, seeds, progress=None, way=None, on_step=None, **settings):
         """Draws one picture a row, lazily.
 
         Args:
             tokens: int32 (N, T) ids of the vocabulary.
             seeds: N whole numbers; a picture depends on its own seed and tokens only.
             progress: a label for a progress bar, or None.
+            way: a `Way` to other tokens or seeds, or None.
+            on_step: function (first, k, count, images), called after each evaluation k < count of the sampler with how
+                the pictures from row `first` on look by then, uint8 (B, H, W, 3): their predicted clean latents, and
+                at last themselves. The steps are then made one by one, not in one compiled loop, with the same
+                pictures within a grey level. None is no such function.
             settings: see `Drawing`.
 
         Yields:
             uint8 (H, W, 3), N of them.
         """
         asked = Drawing(**settings)
-        tokens, seeds = np.asarray(tokens, "int32"), np.asarray(seeds, "int64")
-        times = last_times(sampling_times(self.networks.process, asked.steps, asked.spacing), asked.strength)
-        vocabulary = self.networks.vocabulary
-        negative = vocabulary.empty() if asked.negative is None else asked.negative
-        other = np.broadcast_to(negative, tokens.shape)
-        begun, masked = asked.picture is not None and asked.strength < 1, asked.area is not None
-        guided, within = asked.guidance != 1, tuple(asked.interval) != ALWAYS
-        draw = self.compiled(
-            asked.sampler,
-            guided,
-            within=guided and within,
-            rescaled=asked.rescale != 0,
-            begun=begun,
-            masked=masked,
-        )
-        numbers = [times, asked.guidance, asked.interval, asked.rescale]
-        numbers += [asked.picture] * (begun or masked) + [asked.area] * masked
+        kind = Kind.of(asked, way)
+        rows, shared = self._rows(kind, tokens, seeds, asked.negative, way), self._shared(kind, asked)
         silent = None if progress else True  # None: silent where standard error is no terminal
-        with tqdm(total=len(tokens), desc=progress, unit="picture", leave=False, disable=silent) as bar:
-            for start in range(0, len(tokens), self.batch_size):
-                rows = slice(start, start + self.batch_size)
-                text = [part for own in (tokens[rows], other[rows]) for part in (own, vocabulary.mask(own))]
-                yield from np.asarray(draw(*text, seeds[rows], *numbers))
-                bar.update(len(tokens[rows]))
+        with tqdm(total=len(seeds), desc=progress, unit="picture", leave=False, disable=silent) as bar:
+            for first in range(0, len(seeds), self.batch_size):
+                batch = tf.nest.map_structure(lambda row, i=first: row[i : i + self.batch_size], rows)
+                if on_step is None:
+                    images = self.compiled(*kind)(batch, shared)
+                else:
+                    images = self._draw_steps(batch, shared, kind, functools.partial(on_step, first))
+                yield from np.asarray(images)
+                bar.update(len(images))
 
-    def compiled(self, sampler, guided, *, within=False, rescaled=False, begun=False, masked=False):
-        """The drawing of a batch as one `tf.function`, which serves every batch size and number of steps."""
-        kind = sampler, guided, within, rescaled, begun, masked
+    def _rows(self, kind, tokens, seeds, negative, way):
+        """The inputs of a kind of drawing that have a row a picture, as arrays by their names."""
+        vocabulary, way = self.networks.vocabulary, way or Way(None)
+        tokens = np.asarray(tokens, "int32")
+        other = np.broadcast_to(vocabulary.empty() if negative is None else negative, tokens.shape)
+        texts = {"own": tokens, "other": other, "to": way.tokens}
+        seeds = {"seeds": seeds, "to_seeds": way.seeds}
+        rows = {name: np.asarray(ids, "int32") for name, ids in texts.items() if name in kind.rows}
+        rows = {name: (ids, vocabulary.mask(ids)) for name, ids in rows.items()}
+        rows |= {name: np.asarray(own, "int64") for name, own in seeds.items() if name in kind.rows}
+        return rows | ({"shares": np.asarray(way.shares, "float32")} if "shares" in kind.rows else {})
+
+    def _shared(self, kind, asked):
+        """The inputs of a kind of drawing that all pictures share, as tensors by their names."""
+        times = sampling_times(self.networks.process, asked.steps, asked.spacing)
+        values = asked._asdict() | {"times": last_times(times, asked.strength)}
+        return {
+            name: tf.convert_to_tensor(values[name], self._shared_specs[name].dtype) for name in kind.shared
+        }
+
+    def compiled(self, *kind, **kinds):
+        """The drawing of a batch of a `Kind`, by its fields, as one `tf.function` for all batch sizes and steps."""
+        kind = Kind(*kind, **kinds)
         if kind not in self._compiled:
-            draw = functools.partial(
-                self._draw, sampler=sampler, guided=guided, within=within, rescaled=rescaled, begun=begun
-            )
-            more = [self._picture] * (begun or masked) + [self._area] * masked
-            self._compiled[kind] = tf.function(draw, input_signature=self._signature + more)
+            signature = [
+                {name: specs[name] for name in names}
+                for specs, names in ((self._row_specs, kind.rows), (self._shared_specs, kind.shared))
+            ]
+            draw = functools.partial(self._draw, kind=kind)
+            self._compiled[kind] = tf.function(draw, input_signature=signature)
         return self._compiled[kind]
 
     def _predict(self, x, t, context, mask):
@@ -137,60 +201,79 @@ class Painter:
         _, _, unet, process, _ = self.networks
         return process.denoised(unet([process.scaled(x, t), t, context, mask]), x, t)
 
-    def _draw(self, tokens, mask, other, other_mask, seeds, *settings, **kind):
-        def draw(*rows):
-            return self._draw_part(*rows, *settings, **kind)
+    def _decode(self, latents):
+        return to_images(self.networks.vae.decode(latents))
 
-        rows = [tokens, mask, other, other_mask, seeds]
-        return parallel.joined(draw, rows, [self.image_size, self.image_size, 3], "uint8")
+    def _draw(self, rows, shared, kind):
+        def draw(*parts):
+            return self._draw_part(tf.nest.pack_sequence_as(rows, parts), shared, kind)
 
-    def _draw_part(
-        self,
-        tokens,
-        mask,
-        other,
-        other_mask,
-        seeds,
-        times,
-        guidance,
-        interval,
-        rescale,
-        picture=None,
-        area=None,
-        *,
-        sampler,
-        guided,
-        within,
-        rescaled,
-        begun,
-    ):
-        vae, text_encoder, _, process, _ = self.networks
+        return parallel.joined(draw, tf.nest.flatten(rows), [self.image_size, self.image_size, 3], "uint8")
 
-        def denoiser(context, mask):
-            return lambda x, t: self._denoised(x, ops.broadcast_to(t, ops.shape(x)[:1]), context, mask)
+    def _draw_steps(self, rows, shared, kind, on_step):
+        """`_draw` step by step, in Python but for the networks."""
 
-        context = text_encoder([tokens, mask])
-        denoise = denoiser(context, mask)
+        def note(k, count, images):
+            if k + 1 < count:  # the last prediction is not yet the picture, for samplers that mix several
+                on_step(k, count, images.numpy())
+
+        images = self._draw_part(rows, shared, kind, note).numpy()
+        count = evaluations(kind.sampler, len(shared["times"]) - 1)
+        on_step(count - 1, count, images)
+        return images
+
+    def _draw_part(self, rows, shared, kind, note=None):
+        """Draws the rows, in one loop of the graph, or step by step with note(k, count, images) after each."""
+        vae, process, times = self.networks.vae, self.networks.process, shared["times"]
+        known = vae.encode(to_pixels(shared["picture"])[None])[0] if "picture" in shared else None
+        noise, denoise = noise_of(rows["seeds"], self.latent_shape), self._denoiser(rows, shared, kind)
+        if kind.turned:
+            noise = slerp(noise, noise_of(rows["to_seeds"], self.latent_shape), _of_samples(rows["shares"]))
+        if kind.masked:
+            denoise = inpaint(denoise, known, latent_area(shared["area"], vae.factor))
 
         def step_noise(k):
-            return noise_of(seeds, self.latent_shape, k + 1)
+            return noise_of(rows["seeds"], self.latent_shape, k + 1)
 
-        known = None if picture is None else vae.encode(to_pixels(picture)[None])[0]
-        noise = process.start(noise_of(seeds, self.latent_shape), times[0], known if begun else None)
-        if guided:
-            contexts = ops.concatenate([context, text_encoder([other, other_mask])], axis=0)
-            pair = denoiser(contexts, ops.concatenate([mask, other_mask], axis=0))
-            rescale = rescale if rescaled else 0.0
-            denoise = guide(pair, guidance, rescale, tf.unstack(interval) if within else None, denoise)
-        if area is not None:
-            denoise = inpaint(denoise, known, latent_area(area, vae.factor))
-        if sampler in STOCHASTIC:
-            draw = functools.partial(SAMPLERS[sampler], step_noise=step_noise)
-        else:
-            draw = SAMPLERS[sampler]
-        latents = draw(denoise, noise, times, process.rates)
-        images = to_images(vae.decode(latents))
-        return images if area is None else blended(picture, images, area)
+        def shown(latents):
+            images = self._decoded(latents)
+            return blended(shared["picture"], images, shared["area"]) if kind.masked else images
+
+        own = {"step_noise": step_noise} if kind.sampler in STOCHASTIC else {}
+        if note is not None:
+            own["loop"] = functools.partial(
+                step_by_step, callback=lambda k, count, clean: note(k, count, shown(clean))
+            )
+        noise = process.start(noise, times[0], known if kind.begun else None)
+        return shown(SAMPLERS[kind.sampler](denoise, noise, times, process.rates, **own))
+
+    def _denoiser(self, rows, shared, kind):
+        """`denoise` for the prompts of the rows, with the guidance of that kind."""
+        texts = {name: rows[name] for name in ("own", "other", "to") if name in rows}
+        contexts = {name: self.networks.text_encoder(list(text)) for name, text in texts.items()}
+
+        def asking(*names):  # about a batch as many times as large
+            context = ops.concatenate([contexts[name] for name in names], axis=0)
+            mask = ops.concatenate([texts[name][1] for name in names], axis=0)
+            return lambda x, t: self._denoised(x, ops.broadcast_to(t, ops.shape(x)[:1]), context, mask)
+
+        rescale = shared["rescale"] if kind.rescaled else 0.0
+        guidance = shared["guidance"], rescale, tf.unstack(shared["interval"]) if kind.within else None
+        denoise = asking("own")
+        if kind.led:
+            denoise = mixed(asking("own", "to"), _of_samples(rows["shares"]))
+            # What guidance leads to is no single context here, so it takes two denoisers, not a pair in one batch.
+            denoise = autoguide(denoise, asking("other"), *guidance) if kind.guided else denoise
+        elif kind.guided:
+            denoise = guide(asking("own", "other"), *guidance, denoise)
+        if kind.thresholded:
+            denoise = threshold(denoise, shared["threshold"], shared["threshold_limit"])
+        return denoise
+
+
+def _of_samples(shares):
+    """Shares (B,) beside latents (B, h, w, C)."""
+    return shares[:, None, None, None]
 
 
 def latent_area(area, factor):

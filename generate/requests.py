@@ -1,5 +1,6 @@
 """Requests: prompts -> pictures in memory, or files of them, checked before anything is drawn."""
 
+import collections
 import warnings
 from pathlib import Path
 
@@ -8,16 +9,17 @@ from PIL import Image, ImageOps
 
 from config import check_interval, check_sampling
 from errors import InputError
-from files import atomic_file
 from generate.networks import load
 from generate.painter import Drawing, Painter, drawing
-from generate.sheets import Picture, captioned_grid, save_png
+from generate.sheets import Picture, save_all
+from generate.ways import FRAMES, LARGEST_SEED, Way, check_way
 from input_pipeline import RARE, read_pictures
 
 STRENGTH = 0.6  # of drawing from a picture, where none is given: its layout stays, its details change
+THRESHOLD_LIMITS = 1e-3, 1e3
 
 
-def generate(painter, prompts, count=1, seed=0, progress=None, negative=None, **settings):
+def generate(painter, prompts, count=1, seed=0, progress=None, negative=None, on_step=None, **settings):
     """Draws `count` pictures of every prompt, lazily; picture k of a prompt has the seed `seed + k`.
 
     Args:
@@ -27,6 +29,7 @@ def generate(painter, prompts, count=1, seed=0, progress=None, negative=None, **
         count: pictures a prompt.
         seed, progress: of the first picture of a prompt, and a label for a progress bar, or None.
         negative: a str, what guidance leads away from, or None.
+        on_step: see `Painter.draw`.
         settings: see `Drawing`.
 
     Yields:
@@ -36,13 +39,67 @@ def generate(painter, prompts, count=1, seed=0, progress=None, negative=None, **
         InputError: no prompt, an empty one or no class, or a count, a seed or a setting that cannot be.
     """
     _check_request(painter.networks.vocabulary, prompts, count, seed, negative=negative, **settings)
-    tokens, _ = painter.networks.vocabulary.encode(prompts)
-    if negative is not None:
-        settings["negative"] = painter.networks.vocabulary.encode([negative])[0][0]
+    tokens, settings = _read_tokens(painter, prompts, negative, settings)
     seeds = np.tile(seed + np.arange(count), len(prompts))
-    images = painter.draw(np.repeat(tokens, count, axis=0), seeds, progress=progress, **settings)
+    images = painter.draw(np.repeat(tokens, count, axis=0), seeds, progress, on_step=on_step, **settings)
     for index, image in enumerate(images):
         yield Picture(image, prompts[index // count], int(seeds[index]))
+
+
+def between(
+    painter,
+    prompt,
+    to_prompt=None,
+    seed=0,
+    to_seed=None,
+    frames=FRAMES,
+    progress=None,
+    negative=None,
+    on_step=None,
+    **settings,
+):
+    """Draws pictures at even shares of the way from one prompt, seed or both to another, lazily.
+
+    The first is that of `prompt` and `seed` alone, and the last that of `to_prompt` and `to_seed`, within a grey level;
+    but the last with another seed by a stochastic sampler is not, see `Way`.
+
+    Args:
+        painter: a `Painter`.
+        prompt, seed: a str and a whole number, where the way begins.
+        to_prompt, to_seed: where it ends; None for the same.
+        frames: how many pictures, both ends counted.
+        progress, negative, on_step, settings: see `generate`.
+
+    Yields:
+        Picture, with its share of the way.
+
+    Raises:
+        InputError: nothing to go to, fewer than two frames, or see `generate`.
+    """
+    check_way([prompt], 1, seed, to_prompt, to_seed, frames)
+    vocabulary = painter.networks.vocabulary
+    _check_request(vocabulary, [prompt], 1, seed, negative=negative, **settings)
+    if to_prompt is not None:
+        vocabulary.check([to_prompt], "to_prompt")
+    tokens, settings = _read_tokens(painter, [prompt], negative, settings)
+    shares = np.linspace(0, 1, frames, dtype="float32")
+    way = Way(
+        shares,
+        None if to_prompt is None else _read_tokens(painter, [to_prompt])[0].repeat(frames, axis=0),
+        None if to_seed is None else np.full(frames, to_seed),
+    )
+    images = painter.draw(
+        tokens.repeat(frames, axis=0), np.full(frames, seed), progress, way, on_step, **settings
+    )
+    for image, share in zip(images, shares, strict=True):
+        yield Picture(image, prompt, seed, float(share))
+
+
+def _read_tokens(painter, prompts, negative=None, settings=()):
+    """The prompts as ids, int32 (N, T), and settings that have the negative one as ids (T,) too."""
+    encode = painter.networks.vocabulary.encode
+    own = {} if negative is None else {"negative": encode([negative])[0][0]}
+    return encode(prompts)[0], {**dict(settings), **own}
 
 
 def _check_request(vocabulary, prompts, count, seed, flag="", **settings):
@@ -55,6 +112,7 @@ def _check_request(vocabulary, prompts, count, seed, flag="", **settings):
     _check_guidance(asked, flag)
     if asked.negative is not None:
         vocabulary.check([asked.negative], f"{flag}negative")
+    _check_threshold(asked, flag)
 
 
 def _check_prompts(vocabulary, prompts, count, seed):
@@ -66,7 +124,7 @@ def _check_prompts(vocabulary, prompts, count, seed):
     vocabulary.check(prompts)
     if count < 1:
         raise InputError(f"count: received {count}, expected at least 1")
-    if not abs(seed) + count < 2**63:
+    if not abs(seed) + count <= LARGEST_SEED:
         raise InputError(f"seed: received {seed}, expected a number of 64 bits")
 
 
@@ -113,6 +171,16 @@ def _check_guidance(asked, flag):
         )
 
 
+def _check_threshold(asked, flag):
+    share, limit = asked.threshold, asked.threshold_limit
+    if share is not None and not 0 < share < 1:
+        raise InputError(f"{flag}threshold: received {share}, expected more than 0 and less than 1")
+    least, most = THRESHOLD_LIMITS
+    if not least <= limit <= most:
+        name = "--threshold-limit" if flag else "threshold_limit"
+        raise InputError(f"{name}: received {limit}, expected {least:g} to {most:g}")
+
+
 def write_pictures(
     run,
     prompt=(),
@@ -129,6 +197,13 @@ def write_pictures(
     init_image=None,
     strength=None,
     mask=None,
+    threshold=None,
+    threshold_limit=None,
+    to_prompt=None,
+    to_seed=None,
+    frames=None,
+    gif=False,
+    show_steps=False,
     batch_size=16,
     out="pictures",
 ):
@@ -141,41 +216,73 @@ def write_pictures(
         count, seed: see `generate`.
         sampler, spacing, steps, guidance, guidance_interval: the sampler, its times and their number, the strength of
             guidance and the times it acts at; None takes the run's.
-        guidance_rescale: see `Drawing`; None is 0.
+        guidance_rescale, threshold, threshold_limit: see `Drawing`; None takes its defaults.
         negative: a sentence that guidance leads away from, or None.
         init_image, mask: picture files, see `begun_with`, or None.
         strength: see `Drawing`; None is 1 with a mask, `STRENGTH` without.
+        to_prompt, to_seed, frames: draws these frames instead, see `between`; None is `FRAMES`.
+        gif: whether the frames become an animated `frames.gif` too.
+        show_steps: whether a sheet beside each PNG shows it after each of the sampler's steps.
         batch_size: pictures drawn at once.
         out: folder for the files; it is made.
 
     Returns:
-        The paths of the PNG files, without the grid's.
+        The paths of the pictures' PNG files.
 
     Raises:
-        InputError: see `load`, `begun_with` and `generate`; or `prompts` cannot be read, or `out` not written.
+        InputError: see `load`, `begun_with`, `generate` and `between`; or `prompts` cannot be read, or `out` not
+            written.
     """
     if batch_size < 1:
         raise InputError(f"--batch-size: received {batch_size}, expected at least 1")
     texts = [*prompt, *(_read_prompts(prompts) if prompts else ())]
+    if threshold_limit is not None and threshold is None:
+        raise InputError(f"--threshold-limit: received {threshold_limit} without --threshold, expected both")
     networks, config = load(run)
     if networks.vocabulary.is_unconditional:
         texts = texts or [""]
+    check_way(texts, count, seed, to_prompt, to_seed, frames, gif, flag="--")
     given = {"sampler": sampler, "spacing": spacing, "steps": steps, "guidance": guidance}
     given |= {"interval": guidance_interval, "rescale": guidance_rescale, "negative": negative}
+    given |= {"threshold": threshold, "threshold_limit": threshold_limit}
     settings = drawing(config, **given) | begun_with(init_image, mask, strength, config.image_size)
     _check_request(networks.vocabulary, texts, count, seed, **settings, flag="--")
-    _warn_of_unknown(run, networks.vocabulary, texts if negative is None else [*texts, negative])
+    if to_prompt is not None:
+        networks.vocabulary.check([to_prompt], "--to-prompt")
+    _warn_of_unknown(run, networks.vocabulary, [*texts, *filter(None, (negative, to_prompt))])
     painter = Painter(networks, config.image_size, batch_size)
-    written = {"run": run, **_written(settings, init_image=init_image, mask=mask)}
-    pictures = generate(painter, texts, count, seed, progress="drawing", **settings)
+    files = {"init_image": init_image, "mask": mask, "to_prompt": to_prompt, "to_seed": to_seed}
+    written = {"run": run, **_written(settings, **files)}
+    previews = collections.defaultdict(list)
+    settings |= {"progress": "drawing", "on_step": _collect(previews) if show_steps else None}
+    if to_prompt is None and to_seed is None:
+        pictures = generate(painter, texts, count, seed, **settings)
+    else:
+        pictures = between(painter, texts[0], to_prompt, seed, to_seed, frames or FRAMES, **settings)
+    return _save(pictures, Path(out), previews, gif, **written)
+
+
+def _save(pictures, out, previews, gif, **written):
+    """`save_all`, with an error of the disk as a refusal and a line that tells what is where."""
     try:
-        paths = _save_all(pictures, Path(out), **written)
+        paths = save_all(pictures, out, previews, gif, **written)
     except OSError as error:
         raise InputError(
             f"--out: received {out}, which cannot be written ({error.strerror}); give another folder"
         ) from error
-    print(f"{len(paths)} picture{'s' * (len(paths) != 1)} and grid.png in {Path(out)}")
+    names = [f"{len(paths)} picture{'s' * (len(paths) != 1)}"] + ["frames.gif"] * gif
+    print(f"{', '.join(names)} and grid.png in {out}")
     return paths
+
+
+def _collect(previews):
+    """A callback of `Painter.draw` that appends what each picture looks like to its list of a dict of lists."""
+
+    def on_step(first, k, count, images):
+        for number, image in enumerate(images, first):
+            previews[number].append(image)
+
+    return on_step
 
 
 def _warn_of_unknown(run, vocabulary, texts):
@@ -186,20 +293,6 @@ def _warn_of_unknown(run, vocabulary, texts):
             f"read as {RARE}, any rare word",
             stacklevel=3,
         )
-
-
-def _save_all(pictures, folder, **settings):
-    """Writes each picture as soon as it is drawn, and their grid; returns the paths without the grid's."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths, images, captions = [], [], []
-    for number, picture in enumerate(pictures):
-        paths.append(folder / f"{number:04d}.png")
-        save_png(picture, paths[-1], **settings)
-        images.append(picture.image)
-        captions.append(picture.caption)
-    with atomic_file(folder / "grid.png") as file:
-        captioned_grid(images, captions).save(file, "PNG")
-    return paths
 
 
 def begun_with(init_image, mask, strength, image_size):

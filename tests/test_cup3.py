@@ -135,6 +135,10 @@ def test_the_other_commands_have_their_settings():
     line = ["generate", "--run", "r", "--prompt", "a b", "--prompt", "c", "--count", "2", "--guidance", "1.5"]
     expected = cup3.Generate(run="r", prompt=("a b", "c"), count=2, guidance=1.5)
     assert cup3.parse(line) == ("generate", expected)
+    line = "generate --prompt a --to-prompt b --to-seed -2 --frames 5 --gif --show-steps --threshold 0.99".split()
+    expected = cup3.Generate(prompt=("a",), to_prompt="b", to_seed=-2, frames=5, threshold=0.99)
+    expected = dataclasses.replace(expected, gif=True, show_steps=True, threshold_limit=2.5)
+    assert cup3.parse([*line, "--threshold-limit", "2.5"]) == ("generate", expected)
     assert cup3.parse(["data", "--train", "7"]) == ("data", cup3.Data(train=7))
 
 

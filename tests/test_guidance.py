@@ -168,6 +168,25 @@ def test_thresholding_brings_each_sample_to_the_limit():
         np.testing.assert_allclose(after, 2 * np.clip(before, -cut, cut) / cut, rtol=1e-5)
 
 
+def test_thresholding_works_within_the_compiled_loop_of_any_batch():
+    @tf.function(input_signature=[tf.TensorSpec((None, 4, 4, 3)), tf.TensorSpec(()), tf.TensorSpec(())])
+    def compiled(noise, share, limit):
+        return ddim(threshold(crooked, share, limit), noise, uniform_times(5), PROCESS.rates)
+
+    for count in (1, 3):
+        noise = tf.constant(normal(count, 4, 4, 3))
+        clean = [
+            ddim(wrap(crooked), noise, uniform_times(5), PROCESS.rates) for wrap in (cut, lambda own: own)
+        ]
+        np.testing.assert_allclose(compiled(noise, 0.9, 0.5), clean[0], rtol=1e-4, atol=1e-5)
+        assert np.abs(clean[0] - clean[1]).max() > 0.1
+    assert compiled.experimental_get_tracing_count() == 1
+
+
+def cut(denoise):
+    return threshold(denoise, 0.9, 0.5)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"), [({"share": 1.2}, "share .* 1.2"), ({"limit": 0.0}, "limit .* 0")]
 )

@@ -1,19 +1,23 @@
 """A picture depends on its own prompt and seed only, and is what the pure functions give by hand."""
 
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import generate
-from diffusion.samplers import SAMPLERS, STOCHASTIC
+from diffusion.guidance import slerp, threshold
+from diffusion.samplers import SAMPLERS, STOCHASTIC, evaluations, step_by_step
 from diffusion.times import sampling_times
 from generate import (
     Painter,
+    Way,
     noise_of,
     to_images,
 )
 from generate.painter import blended, latent_area
-from tests.drawings import PROMPTS, STEPS, drawn, images, left_half, some_picture
+from tests.drawings import GUIDANCE, PROMPTS, STEPS, drawn, images, left_half, some_picture
 
 
 def test_a_picture_does_not_depend_on_its_batch(networks, painter):
@@ -116,22 +120,29 @@ def test_one_trace_serves_every_batch_and_number_of_steps(networks):
     np.testing.assert_allclose(sampling_times(networks.process, 5), [1, 0.8, 0.6, 0.4, 0.2, 0], atol=1e-6)
 
 
-def by_hand(networks, sampler, times, seed, prompt):
-    """A picture without guidance, uint8 (H, W, 3), by the pure function of that name."""
-    vae, text_encoder, unet, process, vocabulary = networks
+def denoiser(networks, prompt):
+    """`denoise` of a picture without guidance, by the networks themselves."""
+    _, text_encoder, unet, process, vocabulary = networks
     tokens, mask = map(tf.constant, vocabulary.encode([prompt]))
-    context, shape = text_encoder([tokens, mask]), (8, 8, 2)
+    context = text_encoder([tokens, mask])
 
     def denoise(x, t):
         t = tf.reshape(t, [1])
         return process.denoised(unet([process.scaled(x, t), t, context, mask]), x, t)
 
+    return denoise
+
+
+def by_hand(networks, sampler, times, seed, denoise, noise=None):
+    """A picture, uint8 (H, W, 3), by the pure function of that name."""
+    vae, process, shape = networks.vae, networks.process, (8, 8, 2)
+
     def step_noise(k):
         return noise_of(tf.constant([seed], tf.int64), shape, k + 1)
 
     own = {"step_noise": step_noise} if sampler in ("ddpm", "euler-ancestral", "dpmpp-2m-sde") else {}
-    noise = process.start(noise_of(tf.constant([seed], tf.int64), shape), times[0])
-    latents = SAMPLERS[sampler](denoise, noise, times, process.rates, **own)
+    noise = noise_of(tf.constant([seed], tf.int64), shape) if noise is None else noise
+    latents = SAMPLERS[sampler](denoise, process.start(noise, times[0]), times, process.rates, **own)
     return np.asarray(to_images(vae.decode(latents))).astype(int)[0]
 
 
@@ -143,7 +154,7 @@ def test_the_painter_draws_with_the_sampler_and_the_times_that_are_named(network
     ]
     for spacing, own in zip(("karras", "leading"), pictures, strict=True):
         times = sampling_times(networks.process, 4, spacing)
-        expected = by_hand(networks, sampler, times, 0, PROMPTS[1])
+        expected = by_hand(networks, sampler, times, 0, denoiser(networks, PROMPTS[1]))
         assert expected.std() > 5
         np.testing.assert_allclose(own[1], expected, atol=1)
     assert np.abs(pictures[0] - pictures[1]).max() > 2
@@ -171,7 +182,8 @@ def test_every_process_draws_with_every_sampler(toy_networks, process):
     painter = Painter(networks, 16)
     for sampler in SAMPLERS:
         (picture,) = images(drawn(painter, PROMPTS[:1], sampler=sampler, guidance=1, seed=2))
-        expected = by_hand(networks, sampler, sampling_times(networks.process, STEPS), 2, PROMPTS[0])
+        denoise = denoiser(networks, PROMPTS[0])
+        expected = by_hand(networks, sampler, sampling_times(networks.process, STEPS), 2, denoise)
         np.testing.assert_allclose(picture, expected, atol=1)
         assert picture.std() > 5
 
@@ -260,3 +272,176 @@ def test_grey_of_the_mask_mixes():
     mixed = np.asarray(blended(picture, drawing, np.array([[0.0, 0.25, 1.0]], "float32")))
     assert mixed.dtype == np.uint8
     assert mixed[..., 0].tolist() == [[[100, 125, 200]]] * 2
+
+
+# Dynamic thresholding
+
+
+def test_every_prediction_is_thresholded(networks, painter):
+    settings = {"guidance": 1, "seed": 3, "threshold": 0.8, "threshold_limit": 0.5}
+    together = images(drawn(painter, PROMPTS, **settings))
+    times = sampling_times(networks.process, STEPS)
+    for prompt, picture in zip(PROMPTS, together, strict=True):
+        denoise = threshold(denoiser(networks, prompt), 0.8, 0.5)
+        np.testing.assert_allclose(picture, by_hand(networks, "ddim", times, 3, denoise), atol=1)
+    assert np.abs(together - images(drawn(painter, PROMPTS, guidance=1, seed=3))).max() > 5
+
+
+def test_thresholding_is_of_each_picture_after_its_guidance(networks):
+    settings = {
+        "guidance": 6.0,
+        "interval": (0.2, 0.8),
+        "rescale": 0.3,
+        "threshold": 0.9,
+        "threshold_limit": 0.7,
+    }
+    settings |= {"picture": some_picture(), "area": left_half(), "seed": 4}
+    painter = Painter(networks, 16, batch_size=3)
+    together = images(drawn(painter, PROMPTS, **settings))
+    painter.batch_size = 1
+    np.testing.assert_allclose(together, images(drawn(painter, PROMPTS, **settings)), atol=1)
+    without = images(drawn(painter, PROMPTS, **settings | {"threshold": 0.999, "threshold_limit": 1000.0}))
+    assert np.abs(together - without).max() > 5
+    assert (together[:, :, 8:] == some_picture()[:, 8:]).all()  # what is known is not thresholded
+    kind = {"within": True, "rescaled": True, "thresholded": True, "masked": True}
+    assert painter.compiled("ddim", True, **kind).experimental_get_tracing_count() == 1
+    plain = {name: value for name, value in settings.items() if not name.startswith("threshold")}
+    np.testing.assert_allclose(without, images(drawn(painter, PROMPTS, **plain)), atol=1)
+
+
+# On the way between two prompts and two seeds
+
+
+def on_the_way(painter, frames=3, **settings):
+    settings = {"steps": STEPS, "guidance": GUIDANCE, **settings}
+    return images(generate.between(painter, frames=frames, **settings))
+
+
+# Prompts of three and seven words.
+ENDS = {"prompt": PROMPTS[0], "to_prompt": PROMPTS[1]}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"guidance": 1},
+        {"guidance": 4.0, "interval": (0.5, 0.8), "negative": PROMPTS[2], "rescale": 0.5},
+        {"picture": some_picture(), "strength": 0.6},
+    ],
+)
+def test_frames_begin_and_end_with_the_pictures_of_the_prompts(painter, settings):
+    frames = on_the_way(painter, **ENDS, seed=5, **settings)
+    plain = images(drawn(painter, PROMPTS[:2], seed=5, **settings))
+    np.testing.assert_allclose(frames[[0, -1]], plain, atol=1)
+    for end in plain:
+        assert np.abs(frames[1] - end).max() > 2
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "heun"])
+def test_frames_begin_and_end_with_the_pictures_of_the_seeds(painter, sampler):
+    settings = {"sampler": sampler, "guidance": 1}
+    frames = on_the_way(painter, prompt=PROMPTS[1], seed=5, to_seed=-7, **settings)
+    plain = [images(drawn(painter, PROMPTS[1:2], seed=seed, **settings))[0] for seed in (5, -7)]
+    np.testing.assert_allclose(frames[[0, -1]], plain, atol=1)
+    for end in plain:
+        assert np.abs(frames[1] - end).max() > 2
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_a_frame_is_of_mixed_predictions_and_of_noise_on_the_arc(networks, painter, sampler):
+    frames = on_the_way(painter, 5, **ENDS, seed=5, to_seed=6, sampler=sampler, guidance=1)
+    ends, times = (
+        [denoiser(networks, prompt) for prompt in PROMPTS[:2]],
+        sampling_times(networks.process, STEPS),
+    )
+    noises = [noise_of(np.array([seed]), (8, 8, 2)) for seed in (5, 6)]
+    for share, frame in zip((0.0, 0.25, 0.5, 0.75, 1.0), frames, strict=True):
+
+        def denoise(x, t, share=share):
+            return (1 - share) * ends[0](x, t) + share * ends[1](x, t)
+
+        # The noise that ddpm's steps draw anew stays the first seed's.
+        expected = by_hand(networks, sampler, times, 5, denoise, slerp(*noises, share))
+        np.testing.assert_allclose(frame, expected, atol=1)
+
+
+def test_frames_do_not_depend_on_their_batch_and_come_closer_as_they_grow_more(networks):
+    painter = Painter(networks, 16, batch_size=16)
+    frames = on_the_way(painter, 5, **ENDS, seed=5, to_seed=6)
+    painter.batch_size = 2
+    more = on_the_way(painter, 17, **ENDS, seed=5, to_seed=6)
+    np.testing.assert_allclose(more[::4], frames, atol=1)
+    moves = [np.abs(np.diff(pictures, axis=0)).mean() for pictures in (frames, more)]
+    assert moves[1] < moves[0] / 2
+    kind = {"led": True, "turned": True}
+    assert painter.compiled("ddim", True, **kind).experimental_get_tracing_count() == 1
+
+
+def test_every_picture_may_have_a_way_of_its_own(painter):
+    tokens, _ = painter.networks.vocabulary.encode(PROMPTS)
+    way = Way([0.0, 0.5, 1.0], tokens=tokens[[1, 2, 0]])
+    pictures = np.stack(
+        list(painter.draw(tokens, [5, 5, 5], way=way, steps=STEPS, guidance=GUIDANCE))
+    ).astype(int)
+    plain = images(drawn(painter, PROMPTS, seed=5))
+    np.testing.assert_allclose(pictures[[0, 2]], plain[[0, 0]], atol=1)
+    ends = {"prompt": PROMPTS[1], "to_prompt": PROMPTS[2]}
+    np.testing.assert_allclose(pictures[1], on_the_way(painter, **ends, seed=5)[1], atol=1)
+
+
+# Step by step
+
+
+class Watch(list):
+    """A callback of `Painter.draw` that keeps what it is called with."""
+
+    def __call__(self, first, k, count, pictures):
+        self.append((first, k, count, pictures.astype(int)))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_step_by_step_and_compiled_draw_the_same(painter, sampler):
+    settings, watch = {"sampler": sampler, "guidance": 1, "steps": 4, "seed": 3}, Watch()
+    by_steps = images(drawn(painter, PROMPTS[:2], on_step=watch, **settings))
+    np.testing.assert_allclose(by_steps, images(drawn(painter, PROMPTS[:2], **settings)), atol=1)
+    count = evaluations(sampler, 4)
+    assert [entry[:3] for entry in watch] == [(0, k, count) for k in range(count)]
+    np.testing.assert_array_equal(watch[-1][3], by_steps)
+
+
+def test_the_steps_are_the_predicted_clean_latents(networks, painter):
+    watch, seen, denoise = Watch(), [], denoiser(networks, PROMPTS[0])
+    note = lambda k, count, clean: seen.append(clean)  # noqa: E731
+
+    drawn(painter, PROMPTS[:1], on_step=watch, guidance=1, steps=5, seed=3)
+    noise = noise_of(tf.constant([3], tf.int64), (8, 8, 2))
+    times = np.linspace(1, 0, 6, dtype="float32")
+    loop = functools.partial(step_by_step, callback=note)
+    SAMPLERS["ddim"](denoise, noise, times, networks.process.rates, loop=loop)
+    for clean, (_, _, _, pictures) in zip(seen, watch, strict=True):
+        expected = np.asarray(to_images(networks.vae.decode(clean))).astype(int)
+        np.testing.assert_allclose(pictures, expected, atol=1)
+    assert np.abs(watch[0][3] - watch[-1][3]).max() > 2
+
+
+def test_steps_of_all_settings_keep_to_their_batches_and_trace_nothing_anew(networks):
+    painter, watch = Painter(networks, 16, batch_size=2), Watch()
+    settings = {
+        "guidance": 3.0,
+        "interval": (0.3, 0.8),
+        "threshold": 0.9,
+        "sampler": "dpmpp-2m-sde",
+        "seed": 4,
+    }
+    settings |= {"picture": some_picture(), "area": left_half(), "steps": 4}
+    by_steps = images(drawn(painter, PROMPTS, on_step=watch, **settings))
+    assert [entry[:3] for entry in watch] == [(first, k, 4) for first in (0, 2) for k in range(4)]
+    for first, _, _, pictures in watch:
+        assert len(pictures) == (2 if first == 0 else 1)
+        np.testing.assert_array_equal(pictures[:, :, 8:], len(pictures) * [some_picture()[:, 8:]])
+    np.testing.assert_allclose(by_steps, images(drawn(painter, PROMPTS, **settings)), atol=1)
+    frames = [on_the_way(painter, **ENDS, to_seed=1, on_step=step) for step in (Watch(), None)]
+    np.testing.assert_allclose(*frames, atol=1)
+    for function in (painter._denoised, painter._decoded):  # for every sampler, batch, step and setting
+        assert function.experimental_get_tracing_count() == 1

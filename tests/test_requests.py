@@ -57,6 +57,10 @@ def test_words_that_the_run_does_not_know_are_named_once(run_path, tmp_path, cap
             "interval: received (0.7, 0.3), expected the least and the most time, within 0 to 1",
         ),
         ({"rescale": math.nan}, "rescale: received nan, expected 0 to 1"),
+        ({"threshold": 0.0}, "threshold: received 0.0, expected more than 0 and less than 1"),
+        ({"threshold": 1.0}, "threshold: received 1.0, expected more than 0 and less than 1"),
+        ({"threshold": math.nan}, "threshold: received nan, expected more than 0 and less than 1"),
+        ({"threshold_limit": 0.0}, "threshold_limit: received 0.0, expected 0.001 to 1000"),
         ({"negative": " "}, "negative: received an empty text, expected words"),
         ({"strength": -0.5}, "strength: received -0.5, expected more than 0 and at most 1"),
         ({"strength": math.nan}, "strength: received nan, expected more than 0 and at most 1"),
@@ -146,6 +150,64 @@ def test_a_negative_prompt_and_the_rescaling_are_in_the_file(run_path, painter, 
         np.testing.assert_allclose(np.asarray(file).astype(int), expected.image, atol=1)
 
 
+def test_thresholding_is_in_the_file(run_path, painter, tmp_path):
+    settings = {"steps": STEPS, "guidance": 1, "sampler": "ddim", "spacing": "uniform"}
+    settings |= {"threshold": 0.8, "threshold_limit": 0.5}
+    (path,) = write_pictures(run_path, PROMPTS[:1], **settings, out=tmp_path)
+    (expected,) = images(drawn(painter, PROMPTS[:1], **settings))
+    with Image.open(path) as file:
+        assert (file.text["threshold"], file.text["threshold_limit"]) == ("0.8", "0.5")
+        np.testing.assert_allclose(np.asarray(file).astype(int), expected, atol=1)
+
+
+def test_frames_are_files_that_say_how_far_they_are(run_path, painter, tmp_path, capsys):
+    settings = {
+        "steps": STEPS,
+        "guidance": 1,
+        "sampler": "ddim",
+        "spacing": "uniform",
+        "seed": 3,
+        "frames": 5,
+    }
+    goal = {"to_prompt": "two green zebras", "to_seed": 9}
+    with pytest.warns(UserWarning, match="without the word zebras: read as <RARE>"):
+        paths = write_pictures(run_path, PROMPTS[:1], **settings, **goal, gif=True, out=tmp_path)
+    expected = list(generate.between(painter, PROMPTS[0], **settings, **goal))
+    assert [picture.share for picture in expected] == [0, 0.25, 0.5, 0.75, 1]
+    for path, picture in zip(paths, expected, strict=True):
+        with Image.open(path) as file:
+            np.testing.assert_allclose(np.asarray(file).astype(int), picture.image, atol=1)
+            assert file.text["share"] == f"{picture.share:g}"
+            assert (file.text["prompt"], file.text["seed"]) == (PROMPTS[0], "3")
+            assert (file.text["to_prompt"], file.text["to_seed"]) == ("two green zebras", "9")
+    with Image.open(tmp_path / "frames.gif") as file:
+        assert (file.n_frames, file.size) == (5, (16, 16))
+    files = [*(path.name for path in paths), "frames.gif", "grid.png"]
+    assert sorted(os.listdir(tmp_path)) == files
+    assert f"5 pictures, frames.gif and grid.png in {tmp_path}" in capsys.readouterr().out
+
+
+def test_frames_are_eight_where_no_number_is_given(run_path, tmp_path):
+    settings = {"steps": 1, "guidance": 1, "sampler": "ddim", "spacing": "uniform"}
+    assert len(write_pictures(run_path, PROMPTS[:1], **settings, to_seed=9, out=tmp_path)) == 8
+
+
+def test_the_steps_of_each_picture_are_shown_and_change_it_not(run_path, painter, tmp_path):
+    settings = {"steps": STEPS, "guidance": 1, "sampler": "ddim", "spacing": "uniform"}
+    paths = write_pictures(run_path, PROMPTS, **settings, batch_size=2, show_steps=True, out=tmp_path)
+    for path, picture in zip(paths, drawn(painter, PROMPTS, **settings), strict=True):
+        with Image.open(path) as file:
+            last = np.asarray(file)
+            np.testing.assert_allclose(last.astype(int), picture.image, atol=1)
+        with Image.open(path.with_name(f"{path.stem}_steps.png")) as file:
+            assert file.text["prompt"] == picture.prompt
+            sheet = np.asarray(file)
+        assert sheet.shape[1] == STEPS * 136 + 8
+        enlarged = np.asarray(Image.fromarray(last).resize((128, 128), Image.Resampling.BICUBIC))
+        np.testing.assert_array_equal(sheet[8:136, -136:-8], enlarged)
+        assert (sheet[8:136, 8:136] != enlarged).any()
+
+
 def test_how_pictures_are_drawn_defaults_to_the_runs(run_path, tmp_path):
     (path,) = write_pictures(run_path, ["one red flower"], out=tmp_path)
     with Image.open(path) as file:
@@ -170,6 +232,17 @@ def test_how_pictures_are_drawn_defaults_to_the_runs(run_path, tmp_path):
         ),
         ({"guidance": math.nan}, "guidance: received nan"),
         ({"guidance_rescale": 1.2}, "--guidance-rescale: received 1.2, expected 0 to 1"),
+        ({"threshold": 95.0}, "--threshold: received 95.0, expected more than 0 and less than 1"),
+        ({"threshold_limit": 2.0}, "--threshold-limit: received 2.0 without --threshold, expected both"),
+        (
+            {"threshold": 0.9, "threshold_limit": -1.0},
+            "--threshold-limit: received -1.0, expected 0.001 to 1000",
+        ),
+        ({"frames": 8}, "--frames: received 8 without --to-prompt or --to-seed, expected where the"),
+        ({"to_seed": 0}, "--to-seed: received 0, expected another seed than --seed"),
+        ({"to_seed": 1, "frames": 1}, "--frames: received 1, expected at least 2, the ends"),
+        ({"to_prompt": "a", "count": 2}, "--to-prompt: received with 2 pictures a prompt, expected one"),
+        ({"to_prompt": "a", "prompt": ("a", "b")}, "--to-prompt: received with 2 prompts, expected one"),
         ({"negative": ""}, "--negative: received an empty text, expected words"),
         ({"strength": 0.5}, "--strength: received 0.5 without --init-image, expected the picture to"),
         (

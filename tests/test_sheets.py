@@ -7,8 +7,10 @@ from PIL import Image
 from generate import (
     Picture,
     captioned_grid,
+    save_gif,
     save_png,
 )
+from generate.sheets import save_all
 
 
 def test_the_grid_shows_every_picture_above_its_caption():
@@ -55,3 +57,36 @@ def test_a_picture_whose_writing_is_cut_is_not_there(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_png(Picture(np.zeros((4, 4, 3), "uint8"), "a flower", 0), tmp_path / "x.png")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gif_shows_every_picture_in_turn_for_ever(tmp_path):
+    levels = (0, 100, 200)
+    save_gif([np.full((6, 4, 3), level, "uint8") for level in levels], tmp_path / "x.gif", milliseconds=70)
+    with Image.open(tmp_path / "x.gif") as file:
+        assert (file.n_frames, file.size, file.info["loop"]) == (3, (4, 6), 0)
+        for frame, level in enumerate(levels):
+            file.seek(frame)
+            assert file.info["duration"] == 70
+            np.testing.assert_allclose(np.asarray(file.convert("RGB")).astype(int), level, atol=2)
+
+
+def test_previews_lie_in_a_sheet_beside_their_picture(tmp_path):
+    grey = [np.full((128, 128, 3), level, "uint8") for level in range(0, 260, 20)]  # 13
+    pictures = [Picture(grey[12], "a flower", 3, 0.25), Picture(grey[0], "a leaf", 4)]
+    paths = save_all(iter(pictures), tmp_path, {0: grey}, run="r")
+    assert paths == [tmp_path / "0000.png", tmp_path / "0001.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "0000.png",
+        "0000_steps.png",
+        "0001.png",
+        "grid.png",
+    ]
+    for name in ("0000.png", "0000_steps.png"):
+        with Image.open(tmp_path / name) as file:
+            assert file.text == {"prompt": "a flower", "seed": "3", "share": "0.25", "run": "r"}
+            sheet = np.asarray(file)
+    assert sheet.shape[1] == 10 * 136 + 8  # ten a row
+    assert [sheet[72, 72 + 136 * k, 0] for k in range(10)] == list(range(0, 200, 20))
+    second = np.flatnonzero((sheet[:, 8:136] == 200).all(axis=(1, 2)))
+    assert len(second) == 128
+    assert [sheet[second[5], 72 + 136 * k, 0] for k in range(4)] == [200, 220, 240, 255]  # then white

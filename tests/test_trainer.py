@@ -332,10 +332,9 @@ def test_a_picture_starts_and_ends_by_the_rates_of_its_process(toy_networks, nam
     painter = Painter(networks, IMAGE_SIZE)
     painter.networks = networks._replace(unet=lambda inputs: asked.append(inputs) or networks.unet(inputs))
     painter._denoised = painter._predict  # not traced, so that what is asked can be read
-    seeds, tokens = tf.constant([3], tf.int64), captions()[0][:1]
-    text, times = (tf.constant(tokens), tf.constant(tokens < 10)), tf.constant([1.0, 0.0])
-    kind = {"sampler": "ddim", "guided": False, "within": False, "rescaled": False, "begun": False}
-    drawn = painter._draw_part(*text, *text, seeds, times, 1.0, None, 0.0, **kind)
+    seeds = np.array([3])
+    by_steps = {"on_step": lambda *step: None, "steps": 1, "guidance": 1}
+    drawn = list(painter.draw(captions()[0][:1], seeds, **by_steps))
     # The network is first asked about pure noise, of unit variance also for EDM, whose noise rate there is 80.
     noise, deviation = np.asarray(noise_of(seeds, LATENT_SHAPE)), math.sqrt(80**2 + 1)
     np.testing.assert_allclose(asked[0][0], noise * (80 / deviation if name == "edm" else 1), rtol=1e-4)
