@@ -132,10 +132,10 @@ class Painter:
             self._compiled[kind] = tf.function(draw, input_signature=self._signature + more)
         return self._compiled[kind]
 
-    def _predict(self, x, t, context, mask):
-        """The predicted clean latents (B, h, w, C), each of its own time (B,)."""
+    def _predict(self, x, t, text):
+        """The predicted clean latents (B, h, w, C), each of its own time (B,); see `UNet.project_text` for the text."""
         _, _, unet, process, _ = self.networks
-        return process.denoised(unet([process.scaled(x, t), t, context, mask]), x, t)
+        return process.denoised(unet.predict_from(process.scaled(x, t), t, text), x, t)
 
     def _draw(self, tokens, mask, other, other_mask, seeds, *settings, **kind):
         def draw(*rows):
@@ -164,24 +164,27 @@ class Painter:
         rescaled,
         begun,
     ):
-        vae, text_encoder, _, process, _ = self.networks
+        vae, text_encoder, unet, process, _ = self.networks
 
-        def denoiser(context, mask):
-            return lambda x, t: self._denoised(x, ops.broadcast_to(t, ops.shape(x)[:1]), context, mask)
+        def denoiser(text):
+            return lambda x, t: self._denoised(x, ops.broadcast_to(t, ops.shape(x)[:1]), text)
 
         context = text_encoder([tokens, mask])
-        denoise = denoiser(context, mask)
+        if guided:
+            context = ops.concatenate([context, text_encoder([other, other_mask])], axis=0)
+            mask = ops.concatenate([mask, other_mask], axis=0)
+        text = unet.project_text(context, mask)  # here, before the sampler's loop
 
         def step_noise(k):
             return noise_of(seeds, self.latent_shape, k + 1)
 
         known = None if picture is None else vae.encode(to_pixels(picture)[None])[0]
         noise = process.start(noise_of(seeds, self.latent_shape), times[0], known if begun else None)
+        denoise = denoiser(text)
         if guided:
-            contexts = ops.concatenate([context, text_encoder([other, other_mask])], axis=0)
-            pair = denoiser(contexts, ops.concatenate([mask, other_mask], axis=0))
+            alone = denoiser(tf.nest.map_structure(lambda rows: rows[: ops.shape(seeds)[0]], text))
             rescale = rescale if rescaled else 0.0
-            denoise = guide(pair, guidance, rescale, tf.unstack(interval) if within else None, denoise)
+            denoise = guide(denoise, guidance, rescale, tf.unstack(interval) if within else None, alone)
         if area is not None:
             denoise = inpaint(denoise, known, latent_area(area, vae.factor))
         if sampler in STOCHASTIC:
