@@ -216,7 +216,7 @@ class UNet(keras.Model):
         if pooled_context:
             embedding = embedding + PooledContext(4 * width, name="pooled_context")(context, mask)
         table = _Table(levels, blocks, groups, ff_expansion, latent_channels)
-        out = table.predict(latents, embedding, lambda _: {"context": context, "mask": mask}, _new)
+        out = table.predict(latents, embedding, lambda _: (context, mask), _new)
 
         super().__init__([latents, times, context, mask], out, name=name)
         self._arguments = {
@@ -262,7 +262,7 @@ class UNet(keras.Model):
             embedding = embedding + text["pooled_context"]
 
         def read(name):
-            return {"keys_values": text[name], "mask": text["mask"]}
+            return None, text["mask"], text[name]
 
         def existing(_kind, *_arguments, name, **_keywords):
             return layers[name]
@@ -293,7 +293,7 @@ class _Table(NamedTuple):
         Args:
             latents: (B, h, w, C).
             embedding: (B, E), of the time and perhaps of the pooled context.
-            read: the name of a transformer block -> its keywords, all that it sees of the text.
+            read: the name of a transformer block -> what it sees of the text: context, mask and perhaps `keys_values`.
             layer: (class, arguments, name and keywords) -> the layer of that name.
         """
         block = _Blocks(self.groups, self.ff_expansion, embedding, read, layer)
@@ -329,7 +329,7 @@ class _Blocks(NamedTuple):
             return x
         name, heads = f"{place}.attentions.{index}", level.channels // level.head_channels
         arguments = level.channels, heads, self.groups, self.ff_expansion
-        return self.layer(TransformerBlock, *arguments, name=name)(x, **self.read(name))
+        return self.layer(TransformerBlock, *arguments, name=name)(x, *self.read(name))
 
 
 def _down(x, levels, blocks, block):

@@ -150,6 +150,7 @@ def test_masked_context_has_no_influence(unet, inputs):
     np.testing.assert_array_equal(unet(inputs), unet([latents, times, other, mask]))
 
 
+@pytest.mark.filterwarnings("error")  # Keras would warn of a mask given by its name
 @pytest.mark.parametrize("pooled_context", [False, True])
 @pytest.mark.parametrize("run", [lambda function: function, tf.function], ids=["eager", "compiled"])
 def test_a_text_that_is_projected_once_serves_every_time(inputs, pooled_context, run):
