@@ -128,10 +128,9 @@ class Painter:
         self._shared_specs["area"] = spec([image_size, image_size], tf.float32)
         self._compiled = {}
         # Traced once, for all kinds of drawing, also step by step.
-        latents, encoder = spec([None, *self.latent_shape], tf.float32), networks.text_encoder
-        context = spec([None, *encoder.context_shape], encoder.compute_dtype)
-        self._denoised = tf.function(self._predict, input_signature=[latents, times, context, text[1]])
-        self._decoded = tf.function(self._decode, input_signature=[latents])
+        self._latents, self._times = spec([None, *self.latent_shape], tf.float32), times
+        self._decoded = tf.function(self._decode, input_signature=[self._latents])
+        self._denoised = None
 
     def draw(self, tokens, seeds, progress=None, way=None, on_step=None, **settings):
         """Draws one picture a row, lazily.
@@ -196,10 +195,20 @@ class Painter:
             self._compiled[kind] = tf.function(draw, input_signature=signature)
         return self._compiled[kind]
 
-    def _predict(self, x, t, context, mask):
-        """The predicted clean latents (B, h, w, C), each of its own time (B,)."""
+    def _predict(self, x, t, text):
+        """The predicted clean latents (B, h, w, C), each of its own time (B,); see `UNet.project_text` for the text."""
         _, _, unet, process, _ = self.networks
-        return process.denoised(unet([process.scaled(x, t), t, context, mask]), x, t)
+        return process.denoised(unet.predict_from(process.scaled(x, t), t, text), x, t)
+
+    def _ask(self, x, t, text):
+        """`_predict` at one time, in the one graph of it."""
+        if self._denoised is None:
+            text_specs = tf.nest.map_structure(
+                lambda part: tf.TensorSpec([None, *part.shape[1:]], part.dtype), text
+            )
+            signature = [self._latents, self._times, text_specs]
+            self._denoised = tf.function(self._predict, input_signature=signature)
+        return self._denoised(x, ops.broadcast_to(t, ops.shape(x)[:1]), text)
 
     def _decode(self, latents):
         return to_images(self.networks.vae.decode(latents))
@@ -249,13 +258,16 @@ class Painter:
 
     def _denoiser(self, rows, shared, kind):
         """`denoise` for the prompts of the rows, with the guidance of that kind."""
+        _, text_encoder, unet, _, _ = self.networks
         texts = {name: rows[name] for name in ("own", "other", "to") if name in rows}
-        contexts = {name: self.networks.text_encoder(list(text)) for name, text in texts.items()}
+        # What the U-Net makes of a text is made here, before the sampler's loop.
+        texts = {name: unet.project_text(text_encoder(list(text)), text[1]) for name, text in texts.items()}
 
         def asking(*names):  # about a batch as many times as large
-            context = ops.concatenate([contexts[name] for name in names], axis=0)
-            mask = ops.concatenate([texts[name][1] for name in names], axis=0)
-            return lambda x, t: self._denoised(x, ops.broadcast_to(t, ops.shape(x)[:1]), context, mask)
+            text = tf.nest.map_structure(
+                lambda *parts: ops.concatenate(parts, axis=0), *map(texts.get, names)
+            )
+            return lambda x, t: self._ask(x, t, text)
 
         rescale = shared["rescale"] if kind.rescaled else 0.0
         guidance = shared["guidance"], rescale, tf.unstack(shared["interval"]) if kind.within else None

@@ -209,7 +209,8 @@ class Attention(keras.layers.Layer):
         qkv_bias: whether queries, keys and values have a bias.
 
     Call: x (B, N, width), context (B, T, D) or None for x itself, mask (B, T) bool, True where the context
-    may be looked at -> (B, N, width).
+    may be looked at -> (B, N, width). In place of the context, `keys_values` takes what the method of that name
+    made of it, which serves any number of calls.
     """
 
     def __init__(self, width, heads, qkv_bias=False, **kwargs):
@@ -230,10 +231,14 @@ class Attention(keras.layers.Layer):
         self.to_v.build(context_shape)
         self.to_out.build((*x_shape[:-1], self.width))
 
-    def call(self, x, context=None, mask=None):
+    def keys_values(self, context):
+        """The keys and values of a context (B, T, D), each (B, T, heads, width / heads)."""
+        return self._split(self.to_k(context)), self._split(self.to_v(context))
+
+    def call(self, x, context=None, mask=None, keys_values=None):
         # B batch, N queries, T keys, H heads, D width of a head
-        context = x if context is None else context
-        q, k, v = self._split(self.to_q(x)), self._split(self.to_k(context)), self._split(self.to_v(context))
+        q = self._split(self.to_q(x))
+        k, v = self.keys_values(x if context is None else context) if keys_values is None else keys_values
         scores = ops.cast(ops.einsum("bnhd,bthd->bhnt", q, k), "float32")
         scores = scores / math.sqrt(self.width // self.heads)
         if mask is not None:

@@ -5,6 +5,7 @@ the tiny one of the default preset and the Cup's 128-256-512-512 the same class.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import keras
@@ -131,7 +132,8 @@ class TransformerBlock(keras.layers.Layer):
         groups: groups of the first normalisation.
         expansion: width of the feed-forward part as a multiple of `channels`.
 
-    Call: x (B, H, W, C), context (B, T, D), mask (B, T) -> (B, H, W, C).
+    Call: x (B, H, W, C), context (B, T, D), mask (B, T) -> (B, H, W, C). `keys_values` may take the context's place,
+    see `Attention`.
     """
 
     def __init__(self, channels, heads, groups=32, expansion=4, **kwargs):
@@ -153,10 +155,10 @@ class TransformerBlock(keras.layers.Layer):
             layer.build(sequence)
         self.attn2.build(sequence, context_shape)
 
-    def call(self, x, context, mask=None):
+    def call(self, x, context=None, mask=None, keys_values=None):
         h = self.proj_in(flatten_places(self.norm(x)))  # (B, H*W, C)
         h = h + self.attn1(self.norms[0](h))
-        h = h + self.attn2(self.norms[1](h), context, mask)
+        h = h + self.attn2(self.norms[1](h), context, mask, keys_values)
         h = h + self.ff(self.norms[2](h))
         return x + ops.reshape(self.proj_out(h), ops.shape(x))
 
@@ -188,7 +190,8 @@ class UNet(keras.Model):
         ff_expansion: width of the feed-forward parts as a multiple of the channels.
         pooled_context: whether the mean of the context joins the time embedding (see `PooledContext`).
 
-    Call: [latents (B, h, w, C), times (B,), context (B, T, D), mask (B, T)] -> (B, h, w, C), float32.
+    Call: [latents (B, h, w, C), times (B,), context (B, T, D), mask (B, T)] -> (B, h, w, C), float32. A sampler, which
+    asks many times about one text, calls `project_text` once and `predict_from` each time, for the same values.
 
     Raises:
         ValueError: when `attention_levels` and `level_channels` differ in length.
@@ -223,15 +226,8 @@ class UNet(keras.Model):
         embedding = TimeEmbedding(width, 4 * width, name="time_embedding")(times)
         if pooled_context:
             embedding = embedding + PooledContext(4 * width, name="pooled_context")(context, mask)
-        block = _Blocks(groups, ff_expansion, embedding, context, mask)
-
-        x = conv3(width, "conv_in")(latents)
-        x, skips = _down(x, levels, blocks, block)
-        x = block(x, levels[-1]._replace(attends=True), "mid_block", 0)
-        x = block(x, levels[-1]._replace(attends=False), "mid_block", 1)
-        x = _up(x, skips, levels, blocks, block)
-        x = ops.silu(GroupNorm(groups, 1e-5, name="conv_norm_out")(x))
-        out = conv3(latent_channels, "conv_out", kernel_initializer="zeros", dtype="float32")(x)
+        table = _Table(levels, blocks, groups, ff_expansion, latent_channels)
+        out = table.predict(latents, embedding, lambda _: (context, mask), _new)
 
         super().__init__([latents, times, context, mask], out, name=name)
         self._arguments = {
@@ -246,9 +242,43 @@ class UNet(keras.Model):
             "pooled_context": pooled_context,
             "name": name,
         }
+        self._table = table
 
     def get_config(self):
         return dict(self._arguments)
+
+    def project_text(self, context, mask):
+        """All that the network makes of a text alone, for `predict_from`.
+
+        Args:
+            context: (B, T, D).
+            mask: (B, T) bool.
+
+        Returns:
+            dict of name -> tensor or pair of tensors, whose first axis is B: the mask, keys and values (B, T, H, C / H)
+            of each transformer block, and the pooled context (B, E) where the network has it.
+        """
+        layers = {layer.name: layer for layer in self.layers}
+        text = {"mask": mask}
+        if "pooled_context" in layers:
+            text["pooled_context"] = layers["pooled_context"](context, mask)
+        blocks = {name: layer for name, layer in layers.items() if isinstance(layer, TransformerBlock)}
+        return text | {name: layer.attn2.keys_values(context) for name, layer in blocks.items()}
+
+    def predict_from(self, latents, times, text):
+        """The prediction (B, h, w, C), float32, from latents (B, h, w, C), times (B,) and what `project_text` gave."""
+        layers = {layer.name: layer for layer in self.layers}
+        embedding = layers["time_embedding"](times)
+        if "pooled_context" in text:
+            embedding = embedding + text["pooled_context"]
+
+        def read(name):
+            return None, text["mask"], text[name]
+
+        def existing(_kind, *_arguments, name, **_keywords):
+            return layers[name]
+
+        return self._table.predict(latents, embedding, read, existing)
 
 
 class LogVariance(keras.Model):
@@ -284,29 +314,58 @@ class _Level(NamedTuple):
     attends: bool
 
 
+class _Table(NamedTuple):
+    """The network but for its embeddings, as a function that is given its layers: so it builds them, and finds them."""
+
+    levels: list[_Level]
+    blocks: int
+    groups: int
+    ff_expansion: int
+    latent_channels: int
+
+    def predict(self, latents, embedding, read, layer):
+        """The prediction, of the latents' shape.
+
+        Args:
+            latents: (B, h, w, C).
+            embedding: (B, E), of the time and perhaps of the pooled context.
+            read: the name of a transformer block -> what it sees of the text: context, mask and perhaps `keys_values`.
+            layer: (class, arguments, name and keywords) -> the layer of that name.
+        """
+        block = _Blocks(self.groups, self.ff_expansion, embedding, read, layer)
+        last = self.levels[-1]
+        x = layer(conv3, self.levels[0].channels, name="conv_in")(latents)
+        x, skips = _down(x, self.levels, self.blocks, block)
+        x = block(x, last._replace(attends=True), "mid_block", 0)
+        x = block(x, last._replace(attends=False), "mid_block", 1)
+        x = _up(x, skips, self.levels, self.blocks, block)
+        x = ops.silu(layer(GroupNorm, self.groups, 1e-5, name="conv_norm_out")(x))
+        final = {"kernel_initializer": "zeros", "dtype": "float32"}
+        return layer(conv3, self.latent_channels, name="conv_out", **final)(x)
+
+
+def _new(kind, *arguments, **keywords):
+    return kind(*arguments, **keywords)
+
+
 class _Blocks(NamedTuple):
     """Applies a residual block, and a transformer block where the level attends; what all blocks see is given once."""
 
     groups: int
     ff_expansion: int
-    embedding: keras.KerasTensor  # (B, E), of the time and perhaps of the pooled context
-    context: keras.KerasTensor  # (B, T, D)
-    mask: keras.KerasTensor  # (B, T)
+    embedding: keras.KerasTensor  # (B, E), see `_Table.predict` for all three
+    read: Callable
+    layer: Callable
 
     def __call__(self, x, level, place, index):
         """(B, H, W, Cin) -> (B, H, W, C); `place` and `index` name the layers."""
-        resnet = ResidualBlock(level.channels, self.groups, name=f"{place}.resnets.{index}")
-        x = resnet(x, self.embedding)
+        name = f"{place}.resnets.{index}"
+        x = self.layer(ResidualBlock, level.channels, self.groups, name=name)(x, self.embedding)
         if not level.attends:
             return x
-        attention = TransformerBlock(
-            level.channels,
-            level.channels // level.head_channels,
-            self.groups,
-            self.ff_expansion,
-            name=f"{place}.attentions.{index}",
-        )
-        return attention(x, self.context, self.mask)
+        name, heads = f"{place}.attentions.{index}", level.channels // level.head_channels
+        arguments = level.channels, heads, self.groups, self.ff_expansion
+        return self.layer(TransformerBlock, *arguments, name=name)(x, *self.read(name))
 
 
 def _down(x, levels, blocks, block):
@@ -317,7 +376,8 @@ def _down(x, levels, blocks, block):
             x = block(x, level, f"down_blocks.{number}", index)
             skips.append(x)
         if number < len(levels) - 1:
-            x = Downsample(level.channels, symmetric=True, name=f"down_blocks.{number}.downsamplers.0")(x)
+            name = f"down_blocks.{number}.downsamplers.0"
+            x = block.layer(Downsample, level.channels, symmetric=True, name=name)(x)
             skips.append(x)
     return x, skips
 
@@ -329,5 +389,5 @@ def _up(x, skips, levels, blocks, block):
             x = ops.concatenate([x, skips.pop()], axis=-1)
             x = block(x, level, f"up_blocks.{number}", index)
         if number < len(levels) - 1:
-            x = Upsample(level.channels, name=f"up_blocks.{number}.upsamplers.0")(x)
+            x = block.layer(Upsample, level.channels, name=f"up_blocks.{number}.upsamplers.0")(x)
     return x

@@ -86,13 +86,10 @@ def toy_networks():
     return make
 
 
-@pytest.fixture(scope="session")
-def light_networks(toy_networks):
-    """`toy_networks` with a text encoder and a U-Net of few variables: a step's graph is made in a second."""
+class LightUNet(keras.Model):
+    """Stands for a U-Net with few variables: a step's graph is made in a second."""
 
-    def make(seed=0):
-        networks = toy_networks(seed)
-        length, width = networks.vocabulary.length, 8
+    def __init__(self, length, width, name="unet"):
         latents, times = keras.Input((None, None, 2)), keras.Input(())
         context, mask = keras.Input((length, width)), keras.Input((length,), dtype="bool")
         seen = ops.cast(mask, "float32")[..., None]
@@ -101,7 +98,27 @@ def light_networks(toy_networks):
         h = keras.layers.Conv2D(width, 3, padding="same", name="conv_in")(latents) + beside[:, None, None, :]
         h = ops.silu(keras.layers.LayerNormalization(name="norm")(h))
         out = keras.layers.Dense(2, name="conv_out")(h)
-        unet = keras.Model([latents, times, context, mask], out, name="unet")
+        super().__init__([latents, times, context, mask], out, name=name)
+        self._arguments = {"length": length, "width": width, "name": name}
+
+    def get_config(self):
+        return dict(self._arguments)
+
+    def project_text(self, context, mask):
+        return {"context": context, "mask": mask}
+
+    def predict_from(self, latents, times, text):
+        return self([latents, times, text["context"], text["mask"]])
+
+
+@pytest.fixture(scope="session")
+def light_networks(toy_networks):
+    """`toy_networks` with a text encoder of few variables and a `LightUNet`."""
+
+    def make(seed=0):
+        networks = toy_networks(seed)
+        length, width = networks.vocabulary.length, 8
+        unet = LightUNet(length, width)
         text_encoder = VocabularyEncoder(networks.vocabulary.size, length, width, layers=0)
         return networks._replace(unet=unet, text_encoder=text_encoder)
 

@@ -241,6 +241,16 @@ def test_attention_to_a_single_key_is_its_value_without_a_warning():
         assert np.isfinite(gradient).all()  # of queries and keys 0, not None
 
 
+def test_keys_and_values_made_once_stand_for_their_context():
+    x, other, context = normal(2, 3, 8), normal(2, 6, 8, seed=1), normal(2, 5, 6, seed=2)
+    layer, mask = built(Attention(8, 2), x, context), np.array([[1, 1, 1, 0, 0], [1] * 5], bool)
+    made = layer.keys_values(context)
+    assert [part.shape for part in made] == [(2, 5, 2, 4)] * 2
+    for queries in (x, other):
+        received = layer(queries, mask=mask, keys_values=made)
+        np.testing.assert_array_equal(received, layer(queries, context, mask))
+
+
 def test_attention_with_nothing_to_look_at_is_finite():
     x, context = normal(1, 5, 8), normal(1, 4, 6)
     layer = built(Attention(8, 2), x, context)

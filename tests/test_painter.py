@@ -1,12 +1,14 @@
 """A picture depends on its own prompt and seed only, and is what the pure functions give by hand."""
 
 import functools
+import re
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import generate
+import parallel
 from diffusion.guidance import slerp, threshold
 from diffusion.samplers import SAMPLERS, STOCHASTIC, evaluations, step_by_step
 from diffusion.times import sampling_times
@@ -17,6 +19,7 @@ from generate import (
     to_images,
 )
 from generate.painter import blended, latent_area
+from model.unet import UNet
 from tests.drawings import GUIDANCE, PROMPTS, STEPS, drawn, images, left_half, some_picture
 
 
@@ -118,6 +121,38 @@ def test_one_trace_serves_every_batch_and_number_of_steps(networks):
     assert painter.compiled("heun", guided=True).experimental_get_tracing_count() == 1
     assert painter.compiled("ddim", guided=True).experimental_get_tracing_count() == 1
     np.testing.assert_allclose(sampling_times(networks.process, 5), [1, 0.8, 0.6, 0.4, 0.2, 0], atol=1e-6)
+
+
+TEXT_WEIGHT = re.compile(r"/attn2/to_[kv]/|^pooled_context/")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"guided": False},
+        {"guided": True},
+        {"guided": True, "within": True, "rescaled": True},
+        {"guided": True, "masked": True},
+    ],
+    ids=lambda kind: " ".join(kind),
+)
+@pytest.mark.parametrize("sampler", ["ddim", "heun"])
+def test_the_samplers_loop_takes_every_weight_but_those_of_the_text(networks, monkeypatch, kind, sampler):
+    monkeypatch.setattr(parallel, "on_cpu", lambda: False)  # one part: the loop lies in the outer graph
+    text_encoder = networks.text_encoder
+    shape = {"head_channels": 4, "groups": 4, "ff_expansion": 1, "context_shape": text_encoder.context_shape}
+    unet = UNet(2, (8, 8), (True, False), 1, pooled_context=True, **shape)
+    draw = Painter(networks._replace(unet=unet), 16).compiled(sampler, **kind).get_concrete_function()
+    captured = {id(outside): inside for outside, inside in draw.graph.captures}
+    loops = [op for op in draw.graph.get_operations() if op.type in ("While", "StatelessWhile")]
+    within = {id(value) for loop in loops for value in loop.inputs}
+    handles = {weight.path: captured[id(weight.value.handle)] for weight in unet.weights}
+    inside = {path for path, handle in handles.items() if id(handle) in within}
+    text = {path for path in handles if TEXT_WEIGHT.search(path)}
+    assert len(text) == 2 * 4 + 4  # keys and values of each block; two dense layers
+    assert inside == handles.keys() - text
+    context = (networks.vocabulary.length, text_encoder.context_shape[-1])
+    assert not any(value.shape[1:] == context for loop in loops for value in loop.inputs)
 
 
 def denoiser(networks, prompt):

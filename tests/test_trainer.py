@@ -330,7 +330,15 @@ def test_reconstruction_does_not_depend_on_the_batch(toy_networks):
 def test_a_picture_starts_and_ends_by_the_rates_of_its_process(toy_networks, name):
     networks, asked = toy_networks(target=name, schedule=name), []
     painter = Painter(networks, IMAGE_SIZE)
-    painter.networks = networks._replace(unet=lambda inputs: asked.append(inputs) or networks.unet(inputs))
+
+    class Asked:
+        project_text = networks.unet.project_text
+
+        def predict_from(self, *inputs):
+            asked.append(inputs)
+            return networks.unet.predict_from(*inputs)
+
+    painter.networks = networks._replace(unet=Asked())
     painter._denoised = painter._predict  # not traced, so that what is asked can be read
     seeds = np.array([3])
     by_steps = {"on_step": lambda *step: None, "steps": 1, "guidance": 1}
@@ -338,7 +346,7 @@ def test_a_picture_starts_and_ends_by_the_rates_of_its_process(toy_networks, nam
     # The network is first asked about pure noise, of unit variance also for EDM, whose noise rate there is 80.
     noise, deviation = np.asarray(noise_of(seeds, LATENT_SHAPE)), math.sqrt(80**2 + 1)
     np.testing.assert_allclose(asked[0][0], noise * (80 / deviation if name == "edm" else 1), rtol=1e-4)
-    (prediction,) = (np.asarray(networks.unet(inputs)) for inputs in asked)
+    (prediction,) = (np.asarray(networks.unet.predict_from(*inputs)) for inputs in asked)
     # At time 1 flow's e - x_0 is solved by x = e; EDM's F by c_skip x + c_out F.
     edm = 80 * noise / deviation**2 + 80 / deviation * prediction
     by_hand = to_images(networks.vae.decode(noise - prediction if name == "flow" else edm))

@@ -150,6 +150,32 @@ def test_masked_context_has_no_influence(unet, inputs):
     np.testing.assert_array_equal(unet(inputs), unet([latents, times, other, mask]))
 
 
+@pytest.mark.filterwarnings("error")  # Keras would warn of a mask given by its name
+@pytest.mark.parametrize("pooled_context", [False, True])
+@pytest.mark.parametrize("run", [lambda function: function, tf.function], ids=["eager", "compiled"])
+def test_a_text_that_is_projected_once_serves_every_time(inputs, pooled_context, run):
+    network = UNet(**SIZES, pooled_context=pooled_context)
+    randomise(network)
+    latents, times, context, mask = inputs
+    paths = [variable.path for variable in network.variables]
+    text = run(network.project_text)(context, mask)
+    assert ("pooled_context" in text) == pooled_context
+    assert {part.shape[0] for part in tf.nest.flatten(text)} == {3}
+    for shift in (0.0, 0.05):
+        received = run(network.predict_from)(latents + shift, times + shift, text)
+        expected = network([latents + shift, times + shift, context, mask])
+        assert received.dtype == "float32"
+        np.testing.assert_allclose(received, expected, rtol=1e-5, atol=2e-6)
+    assert [variable.path for variable in network.variables] == paths
+
+
+def test_samples_of_a_projected_text_do_not_mix(unet, inputs):
+    latents, times, context, mask = inputs
+    last = tf.nest.map_structure(lambda rows: rows[2:], unet.project_text(context, mask))
+    received = unet.predict_from(latents[2:], times[2:], last)
+    np.testing.assert_allclose(received, unet(inputs)[2:], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("changed", [0, 1, 2])
 def test_every_input_has_influence(unet, inputs, changed):
     """Also the context's word of the second sample, the one place that its mask shows."""
@@ -226,6 +252,10 @@ def test_in_16_bits_the_prediction_is_float32(unet, inputs):
     assert short.get_layer("conv_in").compute_dtype == "bfloat16"
     assert rounded.dtype == "float32"
     assert np.linalg.norm(rounded - exact) < 0.05 * np.linalg.norm(exact)
+    latents, times, context, mask = inputs
+    again = short.predict_from(latents, times, short.project_text(context, mask))
+    assert again.dtype == "float32"
+    np.testing.assert_array_equal(again, rounded)
 
 
 @pytest.mark.parametrize(
