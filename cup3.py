@@ -87,6 +87,8 @@ class Generate:
     threshold: float | None = None
     # with --threshold: the size, in standard deviations, below which nothing is cut; None: 3
     threshold_limit: float | None = None
+    # lead away from the run's own model as it was after this share of its training (autoguidance), such as 0.25
+    weak: float | None = None
     negative: str | None = None  # a sentence that guidance leads away from
     init_image: str | None = None  # picture file to begin with, instead of noise alone
     # how far from it, above 0 to 1, which takes none of it; None: 0.6, or 1 with a mask

@@ -3,7 +3,15 @@
 The command line, previews in training, evaluation and the web page all call it.
 """
 
-from generate.networks import Networks, load, make_diffusion, make_vae, rebuilt_average, snapshots_of
+from generate.networks import (
+    Networks,
+    load,
+    make_diffusion,
+    make_vae,
+    rebuilt_average,
+    snapshots_of,
+    weak_networks,
+)
 from generate.painter import Painter, drawing, noise_of, to_images
 from generate.requests import between, generate, write_pictures
 from generate.sheets import Picture, captioned_grid, save_gif, save_png
@@ -27,5 +35,6 @@ __all__ = [
     "save_png",
     "snapshots_of",
     "to_images",
+    "weak_networks",
     "write_pictures",
 ]

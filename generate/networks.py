@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 import averages
-from checkpoint import RunFolder, assign, named_variables
+from checkpoint import RunFolder, assign, collect, named_variables
 from config import Config, from_dict, part
 from diffusion.schedule import Process
 from errors import InputError
@@ -72,6 +72,27 @@ def snapshots_of(run: RunFolder) -> list[int]:
             f"{run.path}: received a run without averages, expected one trained with --training.snapshots above 0"
         )
     return steps
+
+
+def weak_networks(run: RunFolder, networks: Networks, config: Config, share) -> Networks:
+    """The networks as they were early in their training, to lead away from (autoguidance, Karras et al. 2024).
+
+    Args:
+        run: the run's folder.
+        networks, config: as `load` gives them; the autoencoder and the words are shared.
+        share: of the training; the nearest of the averages that were kept then.
+
+    Raises:
+        InputError: the run has kept no averages.
+    """
+    steps = snapshots_of(run)
+    step = min(steps, key=lambda kept: abs(kept - share * steps[-1]))
+    unet, text_encoder = make_diffusion(config, networks.vocabulary)
+    own = collect(named_variables(networks.text_encoder), "ema_text_encoder")  # where it was frozen
+    tensors = own | rebuilt_average(run, averages.LENGTHS[-1], step)
+    assign(named_variables(unet), tensors, "ema_unet", source=run.path)
+    assign(named_variables(text_encoder), tensors, "ema_text_encoder", source=run.path)
+    return networks._replace(unet=unet, text_encoder=text_encoder)
 
 
 def rebuilt_average(run: RunFolder, length, step=None) -> dict[str, np.ndarray]:

@@ -112,10 +112,12 @@ class Painter:
         networks: see `Networks`.
         image_size: side of the pictures in pixels.
         batch_size: pictures drawn at once; it changes speed and memory, not the pictures.
+        weak: `Networks` of the same process and text, but trained less, or smaller. Guidance then leads away from what
+            these predict of the same text, in place of what the networks predict of none: see `guidance.autoguide`.
     """
 
-    def __init__(self, networks, image_size, batch_size=16):
-        self.networks, self.batch_size = networks, batch_size
+    def __init__(self, networks, image_size, batch_size=16, weak=None):
+        self.networks, self.weak, self.batch_size = networks, weak, batch_size
         self.image_size, self.latent_shape = image_size, networks.vae.latent_shape(image_size)
         length, spec = networks.vocabulary.length, tf.TensorSpec
         text = spec([None, length], tf.int32), spec([None, length], tf.bool)
@@ -130,7 +132,7 @@ class Painter:
         # Traced once, for all kinds of drawing, also step by step.
         self._latents, self._times = spec([None, *self.latent_shape], tf.float32), times
         self._decoded = tf.function(self._decode, input_signature=[self._latents])
-        self._denoised = None
+        self._denoised = {}  # by the U-Net
 
     def draw(self, tokens, seeds, progress=None, way=None, on_step=None, **settings):
         """Draws one picture a row, lazily.
@@ -195,20 +197,20 @@ class Painter:
             self._compiled[kind] = tf.function(draw, input_signature=signature)
         return self._compiled[kind]
 
-    def _predict(self, x, t, text):
+    def _predict(self, unet, x, t, text):
         """The predicted clean latents (B, h, w, C), each of its own time (B,); see `UNet.project_text` for the text."""
-        _, _, unet, process, _ = self.networks
+        process = self.networks.process
         return process.denoised(unet.predict_from(process.scaled(x, t), t, text), x, t)
 
-    def _ask(self, x, t, text):
+    def _ask(self, unet, x, t, text):
         """`_predict` at one time, in the one graph of it."""
-        if self._denoised is None:
-            text_specs = tf.nest.map_structure(
+        if id(unet) not in self._denoised:
+            specs = tf.nest.map_structure(
                 lambda part: tf.TensorSpec([None, *part.shape[1:]], part.dtype), text
             )
-            signature = [self._latents, self._times, text_specs]
-            self._denoised = tf.function(self._predict, input_signature=signature)
-        return self._denoised(x, ops.broadcast_to(t, ops.shape(x)[:1]), text)
+            predict, signature = functools.partial(self._predict, unet), [self._latents, self._times, specs]
+            self._denoised[id(unet)] = tf.function(predict, input_signature=signature)
+        return self._denoised[id(unet)](x, ops.broadcast_to(t, ops.shape(x)[:1]), text)
 
     def _decode(self, latents):
         return to_images(self.networks.vae.decode(latents))
@@ -258,29 +260,41 @@ class Painter:
 
     def _denoiser(self, rows, shared, kind):
         """`denoise` for the prompts of the rows, with the guidance of that kind."""
-        _, text_encoder, unet, _, _ = self.networks
-        texts = {name: rows[name] for name in ("own", "other", "to") if name in rows}
-        # What the U-Net makes of a text is made here, before the sampler's loop.
-        texts = {name: unet.project_text(text_encoder(list(text)), text[1]) for name, text in texts.items()}
+        asking = self._asking(self.networks, rows)
+        share = _of_samples(rows["shares"]) if kind.led else None
 
-        def asking(*names):  # about a batch as many times as large
-            text = tf.nest.map_structure(
-                lambda *parts: ops.concatenate(parts, axis=0), *map(texts.get, names)
-            )
-            return lambda x, t: self._ask(x, t, text)
+        def wanted(asking):  # by one model, without guidance
+            return mixed(asking("own", "to"), share) if kind.led else asking("own")
 
         rescale = shared["rescale"] if kind.rescaled else 0.0
         guidance = shared["guidance"], rescale, tf.unstack(shared["interval"]) if kind.within else None
-        denoise = asking("own")
-        if kind.led:
-            denoise = mixed(asking("own", "to"), _of_samples(rows["shares"]))
+        denoise = wanted(asking)
+        if kind.guided and self.weak is not None:
+            denoise = autoguide(denoise, wanted(self._asking(self.weak, rows)), *guidance)
+        elif kind.guided and kind.led:
             # What guidance leads to is no single context here, so it takes two denoisers, not a pair in one batch.
-            denoise = autoguide(denoise, asking("other"), *guidance) if kind.guided else denoise
+            denoise = autoguide(denoise, asking("other"), *guidance)
         elif kind.guided:
             denoise = guide(asking("own", "other"), *guidance, denoise)
         if kind.thresholded:
             denoise = threshold(denoise, shared["threshold"], shared["threshold_limit"])
         return denoise
+
+    def _asking(self, networks, rows):
+        """A function from names of texts, one or more, to a `denoise` by these networks over a batch that many times
+        as large. What a U-Net makes of a text is made here, before the sampler's loop."""
+        _, text_encoder, unet, _, _ = networks
+
+        @functools.cache
+        def projected(name):
+            return unet.project_text(text_encoder(list(rows[name])), rows[name][1])
+
+        def asking(*names):
+            texts = [projected(name) for name in names]
+            text = tf.nest.map_structure(lambda *parts: ops.concatenate(parts, axis=0), *texts)
+            return lambda x, t: self._ask(unet, x, t, text)
+
+        return asking
 
 
 def _of_samples(shares):

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from checkpoint import RunFolder
 from config import check_interval, check_sampling
 from errors import InputError
-from generate.networks import load
+from generate.networks import load, weak_networks
 from generate.painter import Drawing, Painter, drawing
 from generate.sheets import Picture, save_all
 from generate.ways import FRAMES, LARGEST_SEED, Way, check_way
@@ -38,7 +39,9 @@ def generate(painter, prompts, count=1, seed=0, progress=None, negative=None, on
     Raises:
         InputError: no prompt, an empty one or no class, or a count, a seed or a setting that cannot be.
     """
-    _check_request(painter.networks.vocabulary, prompts, count, seed, negative=negative, **settings)
+    _check_request(
+        painter.networks.vocabulary, prompts, count, seed, painter.weak, negative=negative, **settings
+    )
     tokens, settings = _read_tokens(painter, prompts, negative, settings)
     seeds = np.tile(seed + np.arange(count), len(prompts))
     images = painter.draw(np.repeat(tokens, count, axis=0), seeds, progress, on_step=on_step, **settings)
@@ -78,7 +81,7 @@ def between(
     """
     check_way([prompt], 1, seed, to_prompt, to_seed, frames)
     vocabulary = painter.networks.vocabulary
-    _check_request(vocabulary, [prompt], 1, seed, negative=negative, **settings)
+    _check_request(vocabulary, [prompt], 1, seed, painter.weak, negative=negative, **settings)
     if to_prompt is not None:
         vocabulary.check([to_prompt], "to_prompt")
     tokens, settings = _read_tokens(painter, [prompt], negative, settings)
@@ -102,12 +105,14 @@ def _read_tokens(painter, prompts, negative=None, settings=()):
     return encode(prompts)[0], {**dict(settings), **own}
 
 
-def _check_request(vocabulary, prompts, count, seed, flag="", **settings):
+def _check_request(vocabulary, prompts, count, seed, weak=None, flag="", **settings):
     """Refuses what cannot be drawn; `flag` goes before the names of settings in the message: "--", or nothing."""
     _check_prompts(vocabulary, prompts, count, seed)
     asked = Drawing(**settings)
     _check_steps(asked, flag)
-    if vocabulary.is_unconditional:
+    if weak is not None:
+        _check_autoguidance(asked, flag)
+    elif vocabulary.is_unconditional:
         _check_unguided(asked, flag)
     _check_guidance(asked, flag)
     if asked.negative is not None:
@@ -154,6 +159,20 @@ def _check_unguided(asked, flag):
         raise InputError(f"{flag}negative: received {asked.negative!r} {why}; expected none")
 
 
+def _check_autoguidance(asked, flag):
+    """Refuses what leads away from nothing, or from two."""
+    if asked.guidance == 1:
+        raise InputError(
+            f"{flag}weak: received with a guidance of 1, which is off and leads away from nothing; "
+            f"expected another {flag}guidance"
+        )
+    if asked.negative is not None:
+        raise InputError(
+            f"{flag}negative: received {asked.negative!r} with {flag}weak, which guidance leads away from instead; "
+            "expected one of the two"
+        )
+
+
 def _check_guidance(asked, flag):
     guidance, rescale, negative = asked.guidance, asked.rescale, asked.negative
     if not np.isfinite(guidance):
@@ -193,6 +212,7 @@ def write_pictures(
     guidance=None,
     guidance_interval=None,
     guidance_rescale=None,
+    weak=None,
     negative=None,
     init_image=None,
     strength=None,
@@ -238,6 +258,8 @@ def write_pictures(
     texts = [*prompt, *(_read_prompts(prompts) if prompts else ())]
     if threshold_limit is not None and threshold is None:
         raise InputError(f"--threshold-limit: received {threshold_limit} without --threshold, expected both")
+    if weak is not None and not 0 < weak < 1:
+        raise InputError(f"--weak: received {weak}, expected a share of the training, above 0 and below 1")
     networks, config = load(run)
     if networks.vocabulary.is_unconditional:
         texts = texts or [""]
@@ -246,12 +268,13 @@ def write_pictures(
     given |= {"interval": guidance_interval, "rescale": guidance_rescale, "negative": negative}
     given |= {"threshold": threshold, "threshold_limit": threshold_limit}
     settings = drawing(config, **given) | begun_with(init_image, mask, strength, config.image_size)
-    _check_request(networks.vocabulary, texts, count, seed, **settings, flag="--")
+    _check_request(networks.vocabulary, texts, count, seed, weak, **settings, flag="--")
     if to_prompt is not None:
         networks.vocabulary.check([to_prompt], "--to-prompt")
     _warn_of_unknown(run, networks.vocabulary, [*texts, *filter(None, (negative, to_prompt))])
-    painter = Painter(networks, config.image_size, batch_size)
-    files = {"init_image": init_image, "mask": mask, "to_prompt": to_prompt, "to_seed": to_seed}
+    other = None if weak is None else weak_networks(RunFolder.read(run), networks, config, weak)
+    painter = Painter(networks, config.image_size, batch_size, other)
+    files = {"weak": weak, "init_image": init_image, "mask": mask, "to_prompt": to_prompt, "to_seed": to_seed}
     written = {"run": run, **_written(settings, **files)}
     previews = collections.defaultdict(list)
     settings |= {"progress": "drawing", "on_step": _collect(previews) if show_steps else None}

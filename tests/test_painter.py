@@ -112,6 +112,30 @@ def test_a_negative_prompt_is_led_away_from(painter):
     np.testing.assert_allclose(negative[1], conditional[0], atol=1)
 
 
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.7)])
+def test_autoguidance_leads_away_from_a_weaker_model_of_the_same_prompt(networks, toy_networks, interval):
+    weak = toy_networks(5)._replace(vae=networks.vae)
+    times = sampling_times(networks.process, STEPS)
+    own, other = denoiser(networks, PROMPTS[0]), denoiser(weak, PROMPTS[0])
+
+    def led(x, t):
+        away = other(x, t) + 3.0 * (own(x, t) - other(x, t))
+        return away if interval[0] <= float(t) <= interval[1] else own(x, t)
+
+    expected = by_hand(networks, "ddim", times, 4, led)
+    settings = {"seed": 4, "sampler": "ddim", "guidance": 3.0, "interval": interval}
+    (received,) = images(drawn(Painter(networks, 16, weak=weak), PROMPTS[:1], **settings))
+    np.testing.assert_allclose(received, expected, atol=1)
+    (plain,) = images(drawn(Painter(networks, 16), PROMPTS[:1], **settings))
+    assert np.abs(plain - received).max() > 3
+
+
+def test_frames_can_be_led_away_from_a_weaker_model(networks, toy_networks):
+    painter = Painter(networks, 16, weak=toy_networks(5)._replace(vae=networks.vae))
+    frames = on_the_way(painter, **ENDS, seed=5)
+    np.testing.assert_allclose(frames[[0, -1]], images(drawn(painter, PROMPTS[:2], seed=5)), atol=1)
+
+
 def test_one_trace_serves_every_batch_and_number_of_steps(networks):
     painter = Painter(networks, 16, batch_size=2)
     for steps in (1, 2, 5):
@@ -478,5 +502,6 @@ def test_steps_of_all_settings_keep_to_their_batches_and_trace_nothing_anew(netw
     np.testing.assert_allclose(by_steps, images(drawn(painter, PROMPTS, **settings)), atol=1)
     frames = [on_the_way(painter, **ENDS, to_seed=1, on_step=step) for step in (Watch(), None)]
     np.testing.assert_allclose(*frames, atol=1)
-    for function in (painter._denoised, painter._decoded):  # for every sampler, batch, step and setting
+    (denoised,) = painter._denoised.values()
+    for function in (denoised, painter._decoded):  # for every sampler, batch, step and setting
         assert function.experimental_get_tracing_count() == 1

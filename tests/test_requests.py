@@ -2,13 +2,17 @@
 
 import math
 import os
+import shutil
 import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import averages
 import generate
+from checkpoint import RunFolder
+from config import to_dict
 from errors import InputError
 from generate import (
     Painter,
@@ -22,6 +26,7 @@ from tests.drawings import (
     INTERVAL,
     PROMPTS,
     STEPS,
+    diffusion_tensors,
     drawn,
     images,
     left_half,
@@ -148,6 +153,70 @@ def test_a_negative_prompt_and_the_rescaling_are_in_the_file(run_path, painter, 
     with Image.open(path) as file:
         assert (file.text["negative"], file.text["guidance_rescale"]) == ("a zebra", "0.5")
         np.testing.assert_allclose(np.asarray(file).astype(int), expected.image, atol=1)
+
+
+@pytest.fixture
+def run_with_averages(tmp_path, run_path, networks):
+    """`run_path`, whose networks had half their weights after half of the training."""
+    shutil.copytree(run_path, tmp_path / "run")
+    with RunFolder.open(tmp_path / "run", to_dict(DRAWN_CONFIG)) as run:
+        for step, scale in ((400, 0.5), (800, 1.0)):
+            kept = diffusion_tensors(networks, scale)
+            run.save_average(
+                "diffusion",
+                step,
+                {
+                    f"average/{length}/{name.removeprefix('ema_')}": tensor
+                    for length in averages.LENGTHS
+                    for name, tensor in kept.items()
+                    if name.startswith("ema_")
+                },
+            )
+    return tmp_path / "run"
+
+
+def test_the_weak_model_is_the_run_s_own_of_that_share_of_its_training(
+    run_with_averages, networks, toy_networks
+):
+    early = toy_networks()
+    for own, weak in ((networks.unet, early.unet), (networks.text_encoder, early.text_encoder)):
+        weak.set_weights([0.5 * value for value in own.get_weights()])
+    settings = {"steps": STEPS, "guidance": 3.0, "sampler": "ddim", "spacing": "uniform"}
+    out = run_with_averages / "pictures"
+    (path,) = write_pictures(run_with_averages, PROMPTS[:1], **settings, out=out, weak=0.4)
+    interval = DRAWN_CONFIG.evaluation.guidance_interval
+    painter = Painter(networks, 16, weak=early._replace(vae=networks.vae))
+    (expected,) = drawn(painter, PROMPTS[:1], **settings, interval=interval)
+    with Image.open(path) as file:
+        assert file.text["weak"] == "0.4"
+        np.testing.assert_allclose(np.asarray(file).astype(int), expected.image, atol=3)  # kept in 16 bits
+
+
+@pytest.mark.parametrize(
+    ("request_", "line"),
+    [
+        ({"weak": 1.0}, "--weak: received 1.0, expected a share of the training, above 0 and below 1"),
+        ({"weak": math.nan}, "--weak: received nan, expected a share of the training, above 0 and below 1"),
+        (
+            {"weak": 0.5, "guidance": 1},
+            "--weak: received with a guidance of 1, which is off and leads away from nothing; "
+            "expected another --guidance",
+        ),
+        (
+            {"weak": 0.5, "guidance": 2, "negative": "red"},
+            "--negative: received 'red' with --weak, which guidance leads away from instead; expected one of the two",
+        ),
+        (
+            {"weak": 0.5, "guidance": 2},
+            "received a run without averages, expected one trained with --training.snapshots above 0",
+        ),
+    ],
+)
+def test_a_weak_model_that_cannot_be_is_refused(run_path, tmp_path, request_, line):
+    with pytest.raises(InputError) as refusal:
+        write_pictures(run_path, PROMPTS[:1], out=tmp_path / "pictures", **request_)
+    assert str(refusal.value).endswith(line)
+    assert not (tmp_path / "pictures").exists()
 
 
 def test_thresholding_is_in_the_file(run_path, painter, tmp_path):

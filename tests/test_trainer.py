@@ -339,7 +339,8 @@ def test_a_picture_starts_and_ends_by_the_rates_of_its_process(toy_networks, nam
             return networks.unet.predict_from(*inputs)
 
     painter.networks = networks._replace(unet=Asked())
-    painter._denoised = painter._predict  # not traced, so that what is asked can be read
+    # Not traced, so that what is asked can be read.
+    painter._ask = lambda unet, x, t, text: painter._predict(unet, x, tf.reshape(t, [1]), text)
     seeds = np.array([3])
     by_steps = {"on_step": lambda *step: None, "steps": 1, "guidance": 1}
     drawn = list(painter.draw(captions()[0][:1], seeds, **by_steps))
