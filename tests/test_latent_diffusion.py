@@ -51,7 +51,8 @@ def test_the_process_is_that_of_the_settings(finished, flowers, tmp_path, monkey
     flags = {f"diffusion.{name}": value for name, value in own.items()}
     with pytest.raises(SystemExit):
         cup3.main(words(flowers, tmp_path / "flow", vae_from=finished[0], **flags))
-    line = words(flowers, tmp_path / "grid", vae_from=finished[0], **{"diffusion.schedule": "sigmoid"})
+    grid = {"diffusion.schedule": "sigmoid", "diffusion.weight": "none"}
+    line = words(flowers, tmp_path / "grid", vae_from=finished[0], **grid)
     with pytest.raises(SystemExit):
         cup3.main([*line, "--diffusion.zero-terminal-snr"])
     expected = Process(**{name.replace("-", "_"): value for name, value in own.items()})
@@ -74,7 +75,9 @@ def test_text_from_takes_the_text_encoder_of_another_run_as_it_is(finished, flow
     encoder, best = seen["trainer"].text_encoder, RunFolder.read(finished[0]).best("diffusion").tensors
     for weight in encoder.weights:
         np.testing.assert_array_equal(weight, best[f"ema_text_encoder/{weight.path}"])
-    assert seen["trainer"].trained_variables == seen["trainer"].unet.trainable_variables
+    learning = seen["trainer"].unet, seen["trainer"].log_variance
+    expected = [variable for network in learning for variable in network.trainable_variables]
+    assert seen["trainer"].trained_variables == expected
     data = load_data(flowers)
     for batch in seen["batches"]:
         assert "tokens" not in batch
