@@ -6,7 +6,9 @@ import os
 import numpy as np
 import pytest
 
-from benchmarks import paper_flowers, samplers
+import config
+import cup3
+from benchmarks import paper_flowers, recipe, samplers
 from benchmarks.paper_flowers import Options, main
 from diffusion.samplers import SAMPLERS
 from diffusion.schedule import Process
@@ -136,3 +138,29 @@ def test_samplers_of_what_is_no_run_are_refused(tmp_path, capsys):
     assert samplers.main(samplers.Options(str(tmp_path / "none"))) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("samplers: ") and printed.err.count("\n") == 1
+
+
+def test_every_recipe_is_one_that_a_run_takes(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def run(command, check, stdout):
+        _, settings = cup3.parse(command[2:])
+        config.check(settings)
+        asked.append(settings)
+        rows = [
+            {"val_kid": 0.05 + settings.seed / 100, "seconds": 120},
+            {"petal_color": 1.0, "center_color": 0.9, "petals": 0.5 + settings.seed / 10},
+        ]
+        (tmp_path / "out").mkdir(exist_ok=True)
+        folder = tmp_path / "out" / settings.run.split("/")[-1]
+        folder.mkdir()
+        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    monkeypatch.setattr(recipe.subprocess, "run", run)
+    recipe.main(recipe.Options(out=str(tmp_path / "out"), epochs=3))
+    table = capsys.readouterr().out.splitlines()[2:]
+    assert len(table) == len(recipe.RECIPES)
+    assert table[0] == "| cosine, velocity, none | 0.0500, 0.0600 | 100.0% | 90.0% | 55.0% | 2.0 |"
+    assert len({(*map(str, (one.diffusion, one.training)),) for one in asked}) == len(recipe.RECIPES)
+    assert [one.seed for one in asked] == [0, 1] * len(recipe.RECIPES)
+    assert {(one.training.epochs, one.evaluation.every) for one in asked} == {(3, 3)}
