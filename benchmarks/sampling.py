@@ -225,6 +225,9 @@ def measure(options):
         "spread of the pixels": float(pictures[0].std()),
         "pictures a second": rates,
         "ratio": rates["cup3"] / rates["diffusers"],
+        # which other work on the machine disturbs less
+        "ratio by CPU seconds": statistics.median(cpu_seconds["diffusers"])
+        / statistics.median(cpu_seconds["cup3"]),
         "seconds": seconds,
         "CPU seconds": cpu_seconds,
         "cores": parallel.cores(),
