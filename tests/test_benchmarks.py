@@ -1,14 +1,16 @@
 """What the benchmarks measure is what the run draws, and what they cannot measure is one line and exit code 2."""
 
+import importlib.util
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
 
 import config
 import cup3
-from benchmarks import paper_flowers, recipe, samplers
+from benchmarks import paper_flowers, recipe, samplers, sampling
 from benchmarks.paper_flowers import Options, main
 from diffusion.samplers import SAMPLERS
 from diffusion.schedule import Process
@@ -164,3 +166,54 @@ def test_every_recipe_is_one_that_a_run_takes(tmp_path, monkeypatch, capsys):
     assert len({(*map(str, (one.diffusion, one.training)),) for one in asked}) == len(recipe.RECIPES)
     assert [one.seed for one in asked] == [0, 1] * len(recipe.RECIPES)
     assert {(one.training.epochs, one.evaluation.every) for one in asked} == {(3, 3)}
+
+
+TINY = sampling.Size(4, (8, 16), (False, True), 1, head_channels=4, context_shape=(5, 6), groups=4)
+needs_diffusers = pytest.mark.skipif(
+    importlib.util.find_spec("diffusers") is None or importlib.util.find_spec("torch") is None,
+    reason="could not import 'torch' or diffusers",
+)
+
+
+@needs_diffusers
+def test_our_rate_and_diffusers_are_of_the_same_pictures(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sampling.SIZES, "small", TINY)
+    path = tmp_path / "figures.json"
+    assert sampling.main(sampling.Options(batch=3, steps=4, rounds=3, json=str(path))) == 0
+    figures = json.loads(path.read_text())
+    assert figures == json.loads(capsys.readouterr().out)
+    assert figures["largest difference of a pixel"] <= 1 and figures["spread of the pixels"] > 5
+    assert figures["evaluations a picture"] == 8
+    rates = figures["pictures a second"]
+    for name, seconds in figures["seconds"].items():
+        assert rates[name] == pytest.approx(3 / sorted(seconds)[1])
+    assert figures["ratio"] == pytest.approx(rates["cup3"] / rates["diffusers"])
+
+
+@needs_diffusers
+def test_pictures_of_other_weights_would_differ(monkeypatch):
+    monkeypatch.setitem(sampling.SIZES, "small", TINY)
+    monkeypatch.setattr(sampling, "take_weights", lambda unet, theirs: None)
+    figures = sampling.measure(sampling.Options(batch=2, steps=2, rounds=1))
+    assert figures["largest difference of a pixel"] > 5
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"batch": 0}, "--batch: received 0, expected at least 1"),
+        ({"steps": -1}, "--steps: received -1, expected at least 1"),
+        ({"steps": 1001}, "--steps: received 1001, expected at most 1000"),
+        ({"rounds": 0}, "--rounds: received 0, expected at least 1"),
+    ],
+)
+def test_rates_that_cannot_be_measured_are_refused(capsys, options, line):
+    assert sampling.main(sampling.Options(**options)) == 2
+    assert capsys.readouterr().err == f"sampling: {line}\n"
+
+
+def test_rates_without_diffusers_are_refused(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert sampling.main(sampling.Options()) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and "give `pip install -r requirements-oracle.txt` first" in printed
