@@ -9,10 +9,9 @@ by them in least squares.
 
 import numpy as np
 
-LENGTHS = (0.05, 0.10)  # of the averages that a training keeps
-EVERY = (
-    4  # steps between two updates of these: a sample of the weights tells as much, for a quarter of the time
-)
+LENGTHS = (0.05, 0.10)  # of the averages that a training keeps; sigma_rel in the paper
+# Steps between two updates of these: a sample of the weights tells as much, for a quarter of the time.
+EVERY = 4
 SHORTEST, LONGEST = 0.01, 0.28  # lengths that can be rebuilt; an even average of all steps has 0.289
 
 
@@ -40,7 +39,10 @@ def snapshot_steps(steps, count):
 
 
 def mixture(steps, lengths, step, length):
-    """How much each snapshot counts, (N,), for the average of `length` at `step`; negative for some.
+    """How much each snapshot counts, (N,), for the average of `length` at `step`; negative for some, 1 in all.
+
+    In the paper weights are normalised where they are used, so that their sizes do not matter; here they do, hence the
+    sum of 1.
 
     Args:
         steps, lengths: of the snapshots, N each.
@@ -48,9 +50,13 @@ def mixture(steps, lengths, step, length):
     """
     steps, exponents = np.asarray(steps, "float64"), np.array([exponent(one) for one in lengths])
     step, wanted = np.array([step], "float64"), np.array([exponent(length)])
-    known = _products(steps, exponents, steps, exponents)
-    # Profiles that lie close together make the equations nearly singular: least squares takes the smallest answer.
-    return np.linalg.lstsq(known, _products(steps, exponents, step, wanted), rcond=1e-12)[0][:, 0]
+    # Normal equations in units of their diagonal's size, and below them Lagrange's row for the sum.
+    known, target = _products(steps, exponents, steps, exponents), _products(steps, exponents, step, wanted)
+    size = np.diag(known).mean()
+    ones = np.ones((len(steps), 1))
+    equations = np.block([[known / size, ones], [ones.T, np.zeros((1, 1))]])
+    # Profiles that lie close together make them nearly singular: least squares takes the smallest answer.
+    return np.linalg.lstsq(equations, np.append(target / size, 1.0), rcond=1e-12)[0][:-1]
 
 
 def _products(steps, exponents, other_steps, other_exponents):

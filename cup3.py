@@ -110,8 +110,9 @@ class Evaluate:
     """Measure the KID of a trained run as its training did, into metrics.json in its folder."""
 
     run: str = "runs/paper-flowers"  # folder of the run
-    # also of averages of the weights over other lengths; the best draws from then on if it is better
+    # also of averages over other lengths (post-hoc EMA); the best draws from then on if it is surely better
     ema_sweep: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    gpus: str = "all"  # GPUs to draw on: all, none, or indices such as 0,2
 
 
 SETTINGS = {"train": Train, "generate": Generate, "evaluate": Evaluate, "data": Data}
@@ -279,7 +280,7 @@ def _evaluate(options):
     with _without_notes():
         from stages import evaluation
 
-    evaluation.evaluate(options.run, options.ema_sweep)
+    evaluation.evaluate(options.run, options.ema_sweep, options.gpus)
 
 
 def _check_request(options):

@@ -27,34 +27,16 @@ def follows_captions(painter, captions, seed=0, **settings):
     return probe.score(images, captions)
 
 
-def measured_kid(painter, kid, tokens, **settings):
-    """KID of a picture for each of `tokens` (N, T), of seeds 0, 1, ..., so that other weights draw from the same noise.
-
-    Args:
-        painter: a `generate.Painter`.
-        kid: a `metrics.KID` that has its real features.
-        tokens, settings: of `generate.Painter.draw`.
-
-    Returns:
-        metrics.Estimate.
-    """
-    kid.reset_state()
-    images = painter.draw(tokens, np.arange(len(tokens)), progress="drawing for KID", **settings)
-    kid.update_state(None, np.stack(list(images)))
-    return kid.estimate()
-
-
 def plot_sweep(rows, trained, path):
     """Draws KID with its interval against the length of the average.
 
     Args:
-        rows: dicts of `length`, `kid`, `low` and `high`.
+        rows: dicts of `length` and `kid`, a dict of `value`, `low` and `high`.
         trained: the KID of the weights that training has chosen.
         path: PNG file to write: its place, or the file itself, open for bytes.
     """
-    lengths, values, lows, highs = (
-        np.array([row[name] for row in rows]) for name in ("length", "kid", "low", "high")
-    )
+    lengths = [row["length"] for row in rows]
+    values, lows, highs = (np.array([row["kid"][end] for row in rows]) for end in ("value", "low", "high"))
     figure, axis = plt.subplots(figsize=(5, 3.4))
     axis.errorbar(
         lengths, values, [values - lows, highs - values], marker="o", capsize=3, label="rebuilt, 95 %"

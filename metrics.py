@@ -78,12 +78,35 @@ def kid(real, generated, *, block=1024):
         )
     if not (np.isfinite(real).all() and np.isfinite(generated).all()):
         return _UNKNOWN
-    return _estimate_from_sums(
-        within_real=_row_sums(real, real, block) - _self_kernel(real),
-        within_generated=_row_sums(generated, generated, block) - _self_kernel(generated),
-        real_to_generated=_row_sums(real, generated, block),
-        generated_to_real=_row_sums(generated, real, block),
-    )
+    return _jackknifed(*_leave_one_out(real, generated, block))
+
+
+def kid_difference(real, generated, other, *, block=1024):
+    """KID of `generated` less KID of `other`, drawn from the same captions and noise: picture i with picture i.
+
+    The pairs leave the estimate together, so what they share does not widen the interval, as it does that of each.
+
+    Arguments:
+        real: (N, D) features.
+        generated, other: (M, D) features.
+        block: see `kid`.
+
+    Returns:
+        Estimate; all NaN when a feature is not finite.
+
+    Raises:
+        ValueError: shapes that do not fit, or too few pictures.
+    """
+    real, generated, other = map(_checked_features, (real, generated, other))
+    if not real.shape[1] == generated.shape[1] == other.shape[1] or len(generated) != len(other):
+        raise ValueError(
+            f"features: received shapes {real.shape}, {generated.shape} and {other.shape}, "
+            "expected one dimension, and pairs"
+        )
+    if not all(np.isfinite(features).all() for features in (real, generated, other)):
+        return _UNKNOWN
+    one, two = (_leave_one_out(real, features, block) for features in (generated, other))
+    return _jackknifed(*(a - b for a, b in zip(one, two, strict=True)))
 
 
 def kid_floor(real, *, n=None, seed=0, block=1024):
@@ -126,14 +149,23 @@ def _self_kernel(a):
     return ((a * a).sum(axis=1) / a.shape[1] + 1.0) ** 3
 
 
-def _estimate_from_sums(within_real, within_generated, real_to_generated, generated_to_real):
-    n, m = len(within_real), len(within_generated)
+def _leave_one_out(real, generated, block):
+    """KID, and KID without real picture i (N,), and without generated picture i (M,)."""
+    within_real = _row_sums(real, real, block) - _self_kernel(real)
+    within_generated = _row_sums(generated, generated, block) - _self_kernel(generated)
+    real_to_generated = _row_sums(real, generated, block)
+    generated_to_real = _row_sums(generated, real, block)
+    n, m = len(real), len(generated)
     in_real, in_generated = within_real.sum() / (n * (n - 1)), within_generated.sum() / (m * (m - 1))
     across = real_to_generated.sum() / (n * m)
     value = in_real + in_generated - 2 * across
     # The estimate without picture i, for every i: its row (and column) leave the sums.
     without_real = _mean_without(within_real) + in_generated - 2 * _cross_without(real_to_generated, m)
     without_generated = in_real + _mean_without(within_generated) - 2 * _cross_without(generated_to_real, n)
+    return value, without_real, without_generated
+
+
+def _jackknifed(value, without_real, without_generated):
     error = np.sqrt(_jackknife_variance(without_real) + _jackknife_variance(without_generated))
     return Estimate(float(value), float(value - _NORMAL_97_5 * error), float(value + _NORMAL_97_5 * error))
 
@@ -200,6 +232,14 @@ class KID(keras.metrics.Metric):
         if min(len(real), len(generated)) < FEWEST_FOR_KID:
             return _UNKNOWN
         return kid(real, generated)
+
+    def features(self):
+        """The features of the generated pictures that are gathered, (M, D)."""
+        return self._gathered_generated()
+
+    def less(self, other):
+        """This KID less that of other features (M, D), of the same captions and noise, see `kid_difference`."""
+        return kid_difference(self._gathered_real(), self._gathered_generated(), other)
 
     def floor(self, seed=0):
         """Returns the real-against-real Estimate with as many pictures a side as were generated, if there are.

@@ -12,7 +12,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 MUON_MOMENTUM = 0.95
 MUON_RMS = 0.2  # root mean square of an update at a learning rate of 1, about that of Adam's
-# In the path of a variable.
+# Parts of the paths of variables that are no hidden matrices, see `Muon`.
 NOT_FOR_MUON = ("embeddings", "conv_in", "conv_out", "quant_conv", "log_variance")
 
 

@@ -94,7 +94,16 @@ class _Trainer(keras.Model):
         return {name: tracker.result() for name, tracker in self.trackers.items()}
 
     def compile(self, optimizer, **kwargs):
-        """Takes an optimizer that was built for `trained_variables`; XLA stays off unless asked for."""
+        """Takes an optimizer that was built for `trained_variables`; XLA stays off unless asked for.
+
+        Raises:
+            ValueError: several steps an execution, between which callbacks would see nothing.
+        """
+        if kwargs.get("steps_per_execution", 1) != 1:
+            raise ValueError(
+                f"steps_per_execution must be 1. Received: {kwargs['steps_per_execution']}, "
+                "of which callbacks that count steps would miss some"
+            )
         super().compile(optimizer=optimizer, **{"jit_compile": False, **kwargs})
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
@@ -237,7 +246,7 @@ class LatentDiffusionTrainer(_Trainer):
     def fit(self, *args, callbacks=None, **kwargs):
         """Keras' `fit`, which moves the power averages after every `averages.EVERY` steps."""
         own = [_Averaging()] if self.power_averages else []
-        return super().fit(*args, callbacks=[*own, *(callbacks or [])], **kwargs)
+        return super().fit(*args, callbacks=[own, callbacks or []], **kwargs)  # which Keras flattens
 
     def diffusion_schedule(self, diffusion_times):
         """(noise_rates, signal_rates), each (B, 1, 1, 1), at diffusion_times (B,)."""
@@ -292,9 +301,7 @@ class LatentDiffusionTrainer(_Trainer):
         if self.kid_images is not None:
             self.kid_metric.set_real(self.kid_metric.feature_network(self.kid_images, progress=True))
             self.kid_images = None
-        self.kid_metric.reset_state()
-        self.kid_metric.update_state(None, self.generate_images(self.kid_tokens, progress="drawing for KID"))
-        return self.kid_metric.estimate()
+        return self.painter.measure(self.kid_metric, self.kid_tokens, **self.draw_settings)
 
     def generate_images(self, tokens, seeds=None, **settings):
         """Draws with the averaged networks.

@@ -4,12 +4,12 @@
     log.jsonl              a row an epoch
     vocabulary.json        the words, or classes, the text encoder knows
     curves.png, samples/   what to look at
-    metrics.json, ema_sweep.png   what `evaluate` has measured
+    metrics.json, ema_sweep.*     what `evaluate` has measured
     cache/                 what can be made again: latents, text embeddings
     checkpoints/<stage>/<step>/   all that resume needs, the newest two
     averages/<stage>/<step>/      averages of the weights now and then, to rebuild others from
     best/<stage>/          the weights that the monitored metric chose
-    networks/<stage>/      the final weights of a finished stage
+    networks/<stage>/      the final weights of a finished stage, or those that an evaluation has settled on
     .lock                  held by the one process that may write
 
 Each folder of the last four kinds is an *entry* (`checkpoint.entries`): there as a whole or not at all.

@@ -126,6 +126,11 @@ class RunFolder:
     def sweep_path(self) -> Path:
         return self.path / "ema_sweep.png"
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether all stages are done: curves are the last thing that a run writes."""
+        return self.curves_path.exists()
+
     def sample_path(self, name: str) -> Path:
         """The place of a sample, in a folder that is there, also when somebody has taken it away."""
         folder = self.path / "samples"
@@ -228,10 +233,10 @@ class RunFolder:
     # Averages: of the weights, now and then, from which others can be rebuilt.
 
     def save_average(self, stage: str, step: int, tensors: dict[str, np.ndarray]) -> None:
-        """Keeps averages of the weights at `step`, in 16 bits."""
+        """Keeps averages of the weights at `step`, in 16 bits where these can hold them."""
         folder = self.path / "averages" / stage
         with self._writing(folder):
-            small = {name: array.astype("float16") for name, array in tensors.items()}
+            small = {name: _halved(array) for name, array in tensors.items()}
             entries.write(folder / f"{step:08d}", step, small, {})
 
     def average_steps(self, stage: str) -> list[int]:
@@ -257,6 +262,11 @@ class RunFolder:
     def finished(self, stage: str) -> Saved | None:
         """The final weights of a stage, or None while it is not finished. InputError if damaged."""
         return entries.read(self.path / "networks" / stage)
+
+    def discard(self, stage: str) -> None:
+        """Removes the final weights of a stage, where there are any."""
+        with self._writing(self.path / "networks"):
+            entries.remove(self.path / "networks" / stage)
 
     # The log.
 
@@ -332,6 +342,13 @@ def is_better(value: float, best: dict | None) -> bool:
 def _refuse_other_config(config_file: Path, config: dict) -> None:
     way_out = "give --run another folder, or the settings of this one"
     refuse_differences(config_file, "config", config, read_json(config_file), way_out=way_out)
+
+
+def _halved(array: np.ndarray) -> np.ndarray:
+    """The array in 16 bits, or as it is where these cannot hold it."""
+    with np.errstate(over="ignore"):
+        small = array.astype("float16")
+    return small if np.isfinite(small).all() else array
 
 
 def _is_finite(value) -> bool:

@@ -48,6 +48,7 @@ CUP3 = Config(
         ema=0.999,
         validation_fraction=0.1,
         latent_crops=4,
+        snapshots=4,
     ),
     evaluation=EvaluationConfig(
         images=512, sampler="ddim", steps=20, guidance=3.0, guidance_interval=(0.0, 1.0), batch_size=32

@@ -5,11 +5,13 @@ The command line, previews in training, evaluation and the web page all call it.
 
 from generate.networks import (
     Networks,
+    chosen_weights,
     load,
     make_diffusion,
     make_vae,
     rebuilt_average,
     snapshots_of,
+    trained_weights,
     weak_networks,
 )
 from generate.painter import Painter, drawing, noise_of, to_images
@@ -24,6 +26,7 @@ __all__ = [
     "Way",
     "between",
     "captioned_grid",
+    "chosen_weights",
     "drawing",
     "generate",
     "load",
@@ -35,6 +38,7 @@ __all__ = [
     "save_png",
     "snapshots_of",
     "to_images",
+    "trained_weights",
     "weak_networks",
     "write_pictures",
 ]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 import averages
-from checkpoint import RunFolder, assign, collect, named_variables
+from checkpoint import RunFolder, Saved, assign, collect, named_variables
 from config import Config, from_dict, part
 from diffusion.schedule import Process
 from errors import InputError
@@ -50,7 +50,7 @@ def load(path) -> tuple[Networks, Config]:
     run = RunFolder.read(path)
     config = from_dict(run.config, run=str(path))
     trained_vae = run.finished("vae")
-    saved = run.finished("diffusion") or run.best("diffusion") or run.latest("diffusion")
+    saved = chosen_weights(run)
     if trained_vae is None or saved is None:
         raise InputError(
             f"{path}: received a run that has trained no U-Net yet; expected one with a checkpoint: "
@@ -64,12 +64,24 @@ def load(path) -> tuple[Networks, Config]:
     return Networks(vae, text_encoder, unet, Process(**part(config.diffusion)), vocabulary), config
 
 
+def chosen_weights(run: RunFolder) -> Saved | None:
+    """The weights of a run's U-Net and text encoder that draw: those that an evaluation has settled on, or else
+    `trained_weights`."""
+    return run.finished("diffusion") or trained_weights(run)
+
+
+def trained_weights(run: RunFolder) -> Saved | None:
+    """The weights that training has chosen: the best checkpoint's, or the newest's where none is best yet."""
+    return run.best("diffusion") or run.latest("diffusion")
+
+
 def snapshots_of(run: RunFolder) -> list[int]:
     """The steps whose averages a run has kept; InputError if there are none."""
     steps = run.average_steps("diffusion")
     if not steps:
         raise InputError(
-            f"{run.path}: received a run without averages, expected one trained with --training.snapshots above 0"
+            f"{run.path}: received a run without averages, expected one trained with --training.snapshots above 0, "
+            "and for longer than to the first of them"
         )
     return steps
 
@@ -80,13 +92,17 @@ def weak_networks(run: RunFolder, networks: Networks, config: Config, share) -> 
     Args:
         run: the run's folder.
         networks, config: as `load` gives them; the autoencoder and the words are shared.
-        share: of the training; the nearest of the averages that were kept then.
+        share: of the training up to the last average that was kept; the nearest of those before it is taken.
 
     Raises:
-        InputError: the run has kept no averages.
+        InputError: the run has kept no averages, or none before the last.
     """
-    steps = snapshots_of(run)
-    step = min(steps, key=lambda kept: abs(kept - share * steps[-1]))
+    *steps, last = snapshots_of(run)
+    if not steps:
+        raise InputError(
+            f"{run.path}: received a run with averages of one step, {last}, expected some from before it"
+        )
+    step = min(steps, key=lambda kept: abs(kept - share * last))
     unet, text_encoder = make_diffusion(config, networks.vocabulary)
     own = collect(named_variables(networks.text_encoder), "ema_text_encoder")  # where it was frozen
     tensors = own | rebuilt_average(run, averages.LENGTHS[-1], step)

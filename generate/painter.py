@@ -165,6 +165,21 @@ class Painter:
                 yield from np.asarray(images)
                 bar.update(len(images))
 
+    def measure(self, kid, tokens, **settings):
+        """KID of a picture for each of `tokens` (N, T), of seeds 0, 1, ...: other weights draw from the same noise.
+
+        Args:
+            kid: a `metrics.KID` that has its real features.
+            tokens, settings: see `draw`.
+
+        Returns:
+            metrics.Estimate.
+        """
+        kid.reset_state()
+        images = self.draw(tokens, np.arange(len(tokens)), progress="drawing for KID", **settings)
+        kid.update_state(None, np.stack(list(images)))
+        return kid.estimate()
+
     def _rows(self, kind, tokens, seeds, negative, way):
         """The inputs of a kind of drawing that have a row a picture, as arrays by their names."""
         vocabulary, way = self.networks.vocabulary, way or Way(None)

@@ -177,6 +177,10 @@ def _load_metadata(file, read, conditioning):
         raise InputError(f"{file}: has no rows, expected at least one")
     values_of = {}  # of a picture its first line, and what all its lines say
     for line, name, value in rows:
+        if not isinstance(name, str):
+            raise InputError(
+                f"{file}: line {line}: file_name is {_short(name)}, expected the path of a picture"
+            )
         values = values_of.setdefault(name, (line, []))[1]
         if conditioning == "text":
             values.append(_text(value, f"{file}: line {line}"))
@@ -242,7 +246,7 @@ def _load_folder(folder, conditioning):
                 f"{path}: lies {'deeper than in' if '/' in name else 'beside'} the folders of the classes; expected "
                 f"{folder}/CLASS/{path.name}, or a metadata.csv with a column label (see dataset/README.md)"
             )
-    return _labelled(paths, [path.parent.name for path in paths])
+    return _labelled(paths, [_label(path.parent.name, (), str(path.parent)) for path in paths])
 
 
 def _read_csv(file, conditioning):

@@ -53,7 +53,7 @@ def train(config: settings.Config) -> Path:
         try:
             with _stage("data"):
                 data = prepared_data(config, run)
-            if run.curves_path.exists():  # the last thing that a run writes
+            if run.is_finished:
                 print("\nThis run is finished; there is nothing left to do.")
             else:
                 _train(config, run, data, strategy, signals)

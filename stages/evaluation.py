@@ -2,46 +2,64 @@
 
 import config as settings
 from checkpoint import RunFolder, assign, named_variables
-from evaluate import measured_kid, plot_sweep
+from errors import InputError
+from evaluate import plot_sweep
 from files import atomic_file
-from generate import Painter, drawing, load, rebuilt_average, snapshots_of
-from metrics import KID, Estimate
+from generate import Painter, chosen_weights, drawing, load, rebuilt_average, snapshots_of, trained_weights
+from metrics import KID
 from model.perceptual import FeatureNetwork
 from stages.data import prepared_data
 from stages.devices import strategy_on
 from stages.latent_diffusion import protocol_of
 
-SWEPT_LENGTHS = (0.03, 0.04, 0.05, 0.06, 0.08, 0.10, 0.12, 0.15, 0.20)
+SWEPT_LENGTHS = (0.04, 0.05, 0.06, 0.08, 0.10, 0.12, 0.15)
 
 
-def evaluate(path, ema_sweep=False) -> dict:
+def evaluate(path, ema_sweep=False, gpus="all") -> dict:
     """Measures the KID of a trained run as its training did, and writes it with its protocol as `metrics.json`.
 
     Args:
         path: the run's folder.
-        ema_sweep: whether to measure averages of other lengths too, see `averages`. The best of them draws from then
-            on if it has a lower KID than the weights that training has chosen, both of the same noise.
+        ema_sweep: whether to measure averages of other lengths first, see `averages`, into `ema_sweep.json`. The best
+            of them draws from then on if its KID is lower than that of the weights that training has chosen: by so much
+            that the interval of the difference, of pictures from the same noise, is below 0.
+        gpus: see `config.Config`.
 
     Returns:
         What `metrics.json` holds.
 
     Raises:
-        InputError: a run that is not trained, or its data, cannot be used; or it has kept no averages.
+        InputError: the run is not trained, not finished or has kept no averages, or its data cannot be used.
     """
-    networks, config = load(path)
+    run = RunFolder.read(path)
     if ema_sweep:
-        snapshots_of(RunFolder.read(path))  # before anything is measured
-    strategy_on(config.gpus, {})
+        _check_sweep(run)
+    strategy_on(settings.from_dict(run.config, gpus=gpus).gpus, {})  # before TensorFlow makes a variable
+    networks, config = load(path)
     with RunFolder.open(path, settings.to_dict(config)) as run:
         data = prepared_data(config, run)
         measure = _Measurement(config, networks, data)
         protocol = protocol_of(config, measure.kid, len(data.validation_ids), len(measure.tokens))
-        result = {"kid": measure()._asdict(), "floor": measure.kid.floor().value, "protocol": protocol}
-        _say("KID", result["kid"])
         if ema_sweep:
-            result["ema_sweep"] = _swept(run, networks, measure)
+            run.write_json("ema_sweep.json", _swept(run, networks, measure) | {"protocol": protocol})
+        saved = chosen_weights(run)
+        _assign(networks, saved.tensors, run)
+        value = measure()
+        _say("KID", value)
+        weights = {"step": saved.step, "length": saved.state.get("length")}
+        floor = measure.kid.floor().value
+        result = {"kid": value._asdict(), "floor": floor, "weights": weights, "protocol": protocol}
         run.write_json("metrics.json", result)
     return result
+
+
+def _check_sweep(run):
+    snapshots_of(run)
+    if not run.is_finished:
+        raise InputError(
+            f"{run.path}: received a run that is still to be trained, expected a finished one for --ema-sweep: "
+            "give its training command again, which goes on"
+        )
 
 
 class _Measurement:
@@ -55,34 +73,44 @@ class _Measurement:
         self.kid.set_real(self.kid.feature_network(held_out, progress=True))
         self.tokens, self.drawing = data.validation_tokens[: judge.images], drawing(config)
 
-    def __call__(self) -> Estimate:
-        return measured_kid(self.painter, self.kid, self.tokens, **self.drawing)
+    def __call__(self):
+        return self.painter.measure(self.kid, self.tokens, **self.drawing)
 
 
 def _swept(run, networks, measure):
     """KID of every length; the best takes the place of the weights that draw if it is better than training's."""
-    saved = run.best("diffusion") or run.latest("diffusion")
+    saved = trained_weights(run)
     _assign(networks, saved.tensors, run)
     trained = measure()
-    _say("chosen in training", trained._asdict())
-    rows = []
+    features, rows = measure.kid.features(), []
+    _say("chosen in training", trained)
     for length in SWEPT_LENGTHS:
         _assign(networks, saved.tensors | rebuilt_average(run, length), run)
-        value, low, high = measure()
-        rows.append({"length": length, "kid": value, "low": low, "high": high})
-        _say(f"length {length:.2f}", {"value": value, "low": low, "high": high})
+        value, difference = measure(), measure.kid.less(features)
+        _say(f"length {length:.2f}", value)
+        rows.append({"length": length, "kid": value._asdict(), "difference": difference._asdict()})
     with atomic_file(run.sweep_path) as file:
         plot_sweep(rows, trained.value, file)
-    best = min(rows, key=lambda row: row["kid"])
-    gain = trained.value - best["kid"]
-    if gain > 0:
-        tensors = saved.tensors | rebuilt_average(run, best["length"])
-        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("ema_")}
-        run.finish("diffusion", tensors, {"length": best["length"], "kid": best["kid"], "gain": gain})
-        print(f"   length {best['length']:.2f} has the least KID, {gain:.4f} less; it draws from now on")
+    best = min(rows, key=lambda row: row["kid"]["value"])
+    adopted = best["difference"]["high"] < 0
+    if adopted:
+        _adopt(run, saved.tensors | rebuilt_average(run, best["length"]), best["length"])
     else:
-        print(f"   none has a lower KID; the best, of length {best['length']:.2f}, has {-gain:.4f} more")
-    return {"trained": trained._asdict(), "rows": rows, "length": best["length"], "gain": gain}
+        run.discard("diffusion")
+    change = "{value:+.4f} [{low:+.4f}, {high:+.4f}]".format(**best["difference"])
+    print(
+        f"   length {best['length']:.2f} has the least KID, {change} beside the one chosen in training, which"
+    )
+    print(
+        "   it takes the place of" if adopted else "   stays: the interval of the difference is not below 0"
+    )
+    return {"trained": trained._asdict(), "rows": rows, "length": best["length"], "adopted": adopted}
+
+
+def _adopt(run, tensors, length):
+    """Lets the averages among the tensors draw from now on."""
+    averaged = {name: tensor for name, tensor in tensors.items() if name.startswith("ema_")}
+    run.finish("diffusion", averaged, {"step": snapshots_of(run)[-1], "length": length})
 
 
 def _assign(networks, tensors, run):
@@ -91,4 +119,4 @@ def _assign(networks, tensors, run):
 
 
 def _say(label, estimate):
-    print(f"   {label}: {estimate['value']:.4f} [{estimate['low']:.4f}, {estimate['high']:.4f}]", flush=True)
+    print(f"   {label}: {estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]", flush=True)

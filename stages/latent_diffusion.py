@@ -14,7 +14,7 @@ from diffusion.schedule import Process
 from diffusion.times import training_times
 from errors import InputError
 from files import fingerprint
-from generate import Networks, drawing, make_diffusion
+from generate import Networks, chosen_weights, drawing, make_diffusion
 from metrics import Protocol
 from stages.fitting import fit, optimizer_of, steps_an_epoch
 from trainer import KID, LatentDiffusionTrainer
@@ -165,7 +165,7 @@ def protocol_of(config, kid, n_real, n_generated) -> dict:
 def text_encoder_from(config, vocabulary):
     """The tensors of another run of the same words, among them its averaged text encoder."""
     path, run = config.text_from, RunFolder.read(config.text_from)
-    saved = run.best("diffusion") or run.latest("diffusion")
+    saved = chosen_weights(run)
     if saved is None:
         raise InputError(f"--text-from: received {path}, expected a run with a trained text encoder")
     if pipeline.Vocabulary.load(run.vocabulary_path).words != vocabulary.words:

@@ -5,6 +5,8 @@ import pytest
 
 import averages
 from averages import EVERY, LENGTHS, exponent, mixture, share, snapshot_steps
+from config import TrainingConfig
+from stages.evaluation import SWEPT_LENGTHS
 
 
 def profile(steps, length):
@@ -52,18 +54,28 @@ def test_updates_come_to_the_profile():
     assert received.sum() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("length", [0.05, 0.06, 0.08, 0.1, 0.12, 0.15])
-def test_other_lengths_are_rebuilt_from_snapshots(length):
+@pytest.mark.parametrize(("count", "tolerance"), [(TrainingConfig.snapshots, 3e-3), (16, 1e-3)])
+@pytest.mark.parametrize("length", SWEPT_LENGTHS)
+def test_other_lengths_are_rebuilt_from_snapshots(length, count, tolerance):
     rng, steps = np.random.default_rng(0), 1600
     # Weights that wander as those of a training do, and jitter from step to step.
     weights = np.cumsum(rng.normal(size=(steps, 30)), axis=0) / 20 + rng.normal(size=(steps, 30)) / 10
-    snapshots = [(step, kind) for step in snapshot_steps(steps, 16) for kind in LENGTHS]
+    snapshots = [(step, kind) for step in snapshot_steps(steps, count) for kind in LENGTHS]
     parts = mixture(*zip(*snapshots, strict=True), steps, length)
     rebuilt = sum(
         part * kept(weights, kind, step) for part, (step, kind) in zip(parts, snapshots, strict=True)
     )
     direct = kept(weights, length, steps)
-    assert np.linalg.norm(rebuilt - direct) < 1e-3 * np.linalg.norm(direct)
+    assert np.linalg.norm(rebuilt - direct) < tolerance * np.linalg.norm(direct)
+
+
+@pytest.mark.parametrize("length", SWEPT_LENGTHS)
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_a_weight_that_never_moved_stays(length, count):
+    steps, lengths = zip(
+        *((step, kind) for step in snapshot_steps(800, count) for kind in LENGTHS), strict=True
+    )
+    assert mixture(steps, lengths, 800, length).sum() == pytest.approx(1)
 
 
 def test_a_kept_average_is_rebuilt_as_it_is():

@@ -9,8 +9,9 @@ from PIL import Image
 
 import cup3
 from checkpoint import RunFolder
+from errors import InputError
 from generate import load, rebuilt_average
-from metrics import Estimate
+from metrics import KID, Estimate
 from stages import evaluation
 from tests.tiny_runs import refusal
 
@@ -34,51 +35,90 @@ def test_a_runs_kid_is_that_of_its_best_checkpoint(copy, capsys):
     measured = json.loads((copy / "metrics.json").read_text())
     assert measured["kid"] == pytest.approx({name: best[name] for name in ("value", "low", "high")}, rel=1e-4)
     assert measured["protocol"] == best["protocol"]
+    assert measured["weights"] == {"step": best["step"], "length": None}
     assert f"KID: {best['value']:.4f} [" in capsys.readouterr().out
     assert not (copy / "ema_sweep.png").exists()
 
 
-def test_the_sweep_measures_every_length_and_the_best_draws(copy, few_lengths, capsys):
-    assert cup3.main(["evaluate", "--run", str(copy), "--ema-sweep"]) == 0
-    sweep = json.loads((copy / "metrics.json").read_text())["ema_sweep"]
-    assert [row["length"] for row in sweep["rows"]] == list(LENGTHS)
-    values = [row["kid"] for row in sweep["rows"]]
-    assert sweep["gain"] == pytest.approx(sweep["trained"]["value"] - min(values))
-    assert sweep["length"] == LENGTHS[int(np.argmin(values))]
-    assert Image.open(copy / "ema_sweep.png").size[0] > 300
-    run, told = RunFolder.read(copy), capsys.readouterr().out
-    if sweep["gain"] > 0:
-        assert "it draws from now on" in told
-        expected = rebuilt_average(run, sweep["length"])
-        for weight in load(copy)[0].unet.weights:
-            np.testing.assert_array_equal(weight, expected[f"ema_unet/{weight.path}"], err_msg=weight.path)
-    else:
-        assert "none has a lower KID" in told
-        assert run.finished("diffusion") is None
+def with_averages(path, scales):
+    """Keeps averages in a run that are its chosen weights times a factor by the length."""
+    with RunFolder.open(path, RunFolder.read(path).config) as run:
+        saved = run.best("diffusion").tensors
+        for step in (8, 16, 24):
+            run.save_average(
+                "diffusion",
+                step,
+                {
+                    f"average/{length}/{name.removeprefix('ema_')}": scale * tensor
+                    for length, scale in scales.items()
+                    for name, tensor in saved.items()
+                    if name.startswith("ema_")
+                },
+            )
 
 
-@pytest.mark.parametrize(("trained", "adopted"), [(10.0, True), (-10.0, False)])
-def test_only_a_better_average_takes_the_place_of_the_trained(
-    copy, monkeypatch, few_lengths, trained, adopted
+@pytest.mark.parametrize(("better", "adopted"), [(True, True), (False, False)])
+def test_only_an_average_that_is_surely_better_draws_from_then_on(
+    copy, few_lengths, monkeypatch, better, adopted
 ):
-    values = iter([0.5, trained, 0.3, 0.2, 0.4])  # the run's own, training's, and of the lengths
-    monkeypatch.setattr(evaluation, "measured_kid", lambda *_, **__: Estimate(*[next(values)] * 3))
-    result = evaluation.evaluate(copy, ema_sweep=True)["ema_sweep"]
-    assert result["length"] == 0.10
-    assert result["gain"] == pytest.approx(trained - 0.2)
-    saved = RunFolder.read(copy).finished("diffusion")
-    assert (saved is not None) == adopted
-    if adopted:
-        assert saved.state == {"length": 0.1, "kid": 0.2, "gain": pytest.approx(9.8)}
+    with_averages(copy, {0.05: 0.5, 0.1: 2.0})
 
+    def less(kid, features):
+        value = -0.2 if better else -0.001
+        return Estimate(value, value - 0.01, value + 0.01)
 
-def test_a_run_without_averages_is_refused_before_it_is_measured(copy, capsys):
-    shutil.rmtree(copy / "averages")
-    assert "received a run without averages" in refusal(
-        capsys, ["evaluate", "--run", str(copy), "--ema-sweep"]
+    monkeypatch.setattr(KID, "less", less)
+    assert cup3.main(["evaluate", "--run", str(copy), "--ema-sweep"]) == 0
+    sweep = json.loads((copy / "ema_sweep.json").read_text())
+    assert [row["length"] for row in sweep["rows"]] == list(LENGTHS)
+    kids = [row["kid"]["value"] for row in sweep["rows"]]
+    assert len(set(kids)) == len(kids)
+    assert sweep["length"] == LENGTHS[int(np.argmin(kids))]
+    assert sweep["adopted"] == adopted
+    assert sweep["trained"]["value"] == pytest.approx(
+        RunFolder.read(copy).best_state("diffusion")["value"], rel=1e-4
     )
+    assert Image.open(copy / "ema_sweep.png").size[0] > 300
+    run, measured = RunFolder.read(copy), json.loads((copy / "metrics.json").read_text())
+    assert measured["weights"]["length"] == (sweep["length"] if adopted else None)
+    expected = (rebuilt_average(run, sweep["length"]) if adopted else {}) or run.best("diffusion").tensors
+    for weight in load(copy)[0].unet.weights:
+        np.testing.assert_array_equal(weight, expected[f"ema_unet/{weight.path}"], err_msg=weight.path)
+    drawn = min(kids) if adopted else sweep["trained"]["value"]
+    assert measured["kid"]["value"] == pytest.approx(drawn, rel=1e-4)
+
+
+def test_a_sweep_that_finds_nothing_better_takes_back_the_one_before(copy, few_lengths, monkeypatch):
+    monkeypatch.setattr(KID, "less", lambda *_: Estimate(-1.0, -2.0, -0.5))
+    assert evaluation.evaluate(copy, ema_sweep=True)["weights"]["length"] in LENGTHS
+    monkeypatch.setattr(KID, "less", lambda *_: Estimate(-1.0, -2.0, 0.5))
+    assert evaluation.evaluate(copy, ema_sweep=True)["weights"]["length"] is None
+    assert RunFolder.read(copy).finished("diffusion") is None
+
+
+@pytest.mark.parametrize(
+    ("lost", "line"),
+    [("averages", "received a run without averages"), ("curves.png", "a run that is still to be trained")],
+)
+def test_what_cannot_be_swept_is_refused_before_it_is_measured(copy, capsys, lost, line):
+    shutil.rmtree(copy / lost) if (copy / lost).is_dir() else (copy / lost).unlink()
+    assert line in refusal(capsys, ["evaluate", "--run", str(copy), "--ema-sweep"])
     assert not (copy / "metrics.json").exists()
 
 
 def test_no_run_is_refused(tmp_path, capsys):
     assert "expected --run with the folder of a run" in refusal(capsys, ["evaluate", "--run", str(tmp_path)])
+
+
+def test_devices_are_chosen_before_tensorflow_makes_a_variable(copy, monkeypatch):
+    order = []
+
+    def strategy_on(gpus, batches):
+        order.append(gpus)
+        raise InputError("stop")
+
+    monkeypatch.setattr(evaluation, "strategy_on", strategy_on)
+    monkeypatch.setattr(evaluation, "load", lambda path: order.append("load"))
+    with pytest.raises(InputError, match="stop"):
+        evaluation.evaluate(copy, gpus="none")
+    assert order == ["none"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import metrics
-from metrics import KID, Estimate, Protocol, kid, kid_floor, psnr
+from metrics import KID, Estimate, Protocol, kid, kid_difference, kid_floor, psnr
 
 
 def kernel(a, b):
@@ -88,6 +88,35 @@ def test_it_is_unbiased_and_its_interval_covers_the_truth(rng, weights, n, m):
     assert abs(value.mean() - truth) < 4 * value.std() / math.sqrt(len(value))
     covered = np.mean((low <= truth) & (truth <= high))
     assert 0.88 <= covered <= 0.99
+
+
+def test_a_difference_is_that_of_two_kids_with_the_jackknife_of_pairs(rng):
+    real, one = rng.normal(size=(9, 4)), rng.normal(0.3, 1, (7, 4))
+    other = one + rng.normal(0, 0.1, (7, 4))
+    received = kid_difference(real, one, other)
+
+    def difference(real, one, other):
+        return definition(real, one) - definition(real, other)
+
+    def variance(values):
+        return (len(values) - 1) / len(values) * np.square(np.array(values) - np.mean(values)).sum()
+
+    without_real = [difference(np.delete(real, i, 0), one, other) for i in range(9)]
+    pairs = [difference(real, np.delete(one, i, 0), np.delete(other, i, 0)) for i in range(7)]
+    error = 1.959964 * math.sqrt(variance(without_real) + variance(pairs))
+    value = difference(real, one, other)
+    np.testing.assert_allclose(received, [value, value - error, value + error], rtol=1e-6)
+    apart = [kid(real, features) for features in (one, other)]
+    assert received.high - received.low < min(each.high - each.low for each in apart)
+
+
+def test_a_difference_of_what_is_no_pair_is_refused(rng):
+    real, one = rng.normal(size=(9, 4)), rng.normal(size=(7, 4))
+    for other in (one[:6], one[:, :3]):
+        with pytest.raises(ValueError, match="expected one dimension, and pairs"):
+            kid_difference(real, one, other)
+    one[0, 0] = np.nan
+    assert math.isnan(kid_difference(real, one, one).value)
 
 
 def test_the_floor_is_that_of_two_disjoint_parts(rng, monkeypatch):
