@@ -3,6 +3,7 @@
 import functools
 from typing import NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 from keras import ops
@@ -132,10 +133,15 @@ class Painter:
             self._compiled[kind] = tf.function(draw, input_signature=self._signature + more)
         return self._compiled[kind]
 
-    def _predict(self, x, t, text):
-        """The predicted clean latents (B, h, w, C), each of its own time (B,); see `UNet.project_text` for the text."""
+    def _predict(self, x, t, weights, text):
+        """The predicted clean latents (B, h, w, C), each of its own time (B,), by the U-Net with those weights.
+
+        See `UNet.project_text` for the text.
+        """
         _, _, unet, process, _ = self.networks
-        return process.denoised(unet.predict_from(process.scaled(x, t), t, text), x, t)
+        with keras.StatelessScope(list(zip(unet.variables, weights))):
+            predicted = unet.predict_from(process.scaled(x, t), t, text)
+        return process.denoised(predicted, x, t)
 
     def _draw(self, tokens, mask, other, other_mask, seeds, *settings, **kind):
         def draw(*rows):
@@ -165,15 +171,17 @@ class Painter:
         begun,
     ):
         vae, text_encoder, unet, process, _ = self.networks
+        # Read before the sampler's loop: where that reads variables, the parts of a batch wait for one another.
+        weights = [tf.convert_to_tensor(weight.value) for weight in unet.variables]
 
         def denoiser(text):
-            return lambda x, t: self._denoised(x, ops.broadcast_to(t, ops.shape(x)[:1]), text)
+            return lambda x, t: self._denoised(x, ops.broadcast_to(t, ops.shape(x)[:1]), weights, text)
 
         context = text_encoder([tokens, mask])
         if guided:
             context = ops.concatenate([context, text_encoder([other, other_mask])], axis=0)
             mask = ops.concatenate([mask, other_mask], axis=0)
-        text = unet.project_text(context, mask)  # here, before the sampler's loop
+        text = unet.project_text(context, mask)  # before the loop too: once for all its steps
 
         def step_noise(k):
             return noise_of(seeds, self.latent_shape, k + 1)
