@@ -3,6 +3,7 @@
 import functools
 from typing import NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 from keras import ops
@@ -212,20 +213,27 @@ class Painter:
             self._compiled[kind] = tf.function(draw, input_signature=signature)
         return self._compiled[kind]
 
-    def _predict(self, unet, x, t, text):
-        """The predicted clean latents (B, h, w, C), each of its own time (B,); see `UNet.project_text` for the text."""
-        process = self.networks.process
-        return process.denoised(unet.predict_from(process.scaled(x, t), t, text), x, t)
+    def _predict(self, unet, x, t, weights, text):
+        """The predicted clean latents (B, h, w, C), each of its own time (B,), by a U-Net with those weights.
 
-    def _ask(self, unet, x, t, text):
+        See `UNet.project_text` for the text.
+        """
+        process = self.networks.process
+        with keras.StatelessScope(list(zip(unet.variables, weights, strict=True))):
+            predicted = unet.predict_from(process.scaled(x, t), t, text)
+        return process.denoised(predicted, x, t)
+
+    def _ask(self, unet, x, t, weights, text):
         """`_predict` at one time, in the one graph of it."""
         if id(unet) not in self._denoised:
             specs = tf.nest.map_structure(
                 lambda part: tf.TensorSpec([None, *part.shape[1:]], part.dtype), text
             )
-            predict, signature = functools.partial(self._predict, unet), [self._latents, self._times, specs]
+            weight_specs = [tf.TensorSpec(weight.shape, weight.dtype) for weight in weights]
+            predict = functools.partial(self._predict, unet)
+            signature = [self._latents, self._times, weight_specs, specs]
             self._denoised[id(unet)] = tf.function(predict, input_signature=signature)
-        return self._denoised[id(unet)](x, ops.broadcast_to(t, ops.shape(x)[:1]), text)
+        return self._denoised[id(unet)](x, ops.broadcast_to(t, ops.shape(x)[:1]), weights, text)
 
     def _decode(self, latents):
         return to_images(self.networks.vae.decode(latents))
@@ -299,6 +307,8 @@ class Painter:
         """A function from names of texts, one or more, to a `denoise` by these networks over a batch that many times
         as large. What a U-Net makes of a text is made here, before the sampler's loop."""
         _, text_encoder, unet, _, _ = networks
+        # Read before the loop too: where that reads variables, the parts of a batch wait for one another.
+        weights = [tf.convert_to_tensor(weight.value) for weight in unet.variables]
 
         @functools.cache
         def projected(name):
@@ -307,7 +317,7 @@ class Painter:
         def asking(*names):
             texts = [projected(name) for name in names]
             text = tf.nest.map_structure(lambda *parts: ops.concatenate(parts, axis=0), *texts)
-            return lambda x, t: self._ask(unet, x, t, text)
+            return lambda x, t: self._ask(unet, x, t, weights, text)
 
         return asking
 

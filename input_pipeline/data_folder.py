@@ -246,7 +246,16 @@ def _load_folder(folder, conditioning):
                 f"{path}: lies {'deeper than in' if '/' in name else 'beside'} the folders of the classes; expected "
                 f"{folder}/CLASS/{path.name}, or a metadata.csv with a column label (see dataset/README.md)"
             )
-    return _labelled(paths, [_label(path.parent.name, (), str(path.parent)) for path in paths])
+    return _labelled(paths, [_folder_label(path.parent) for path in paths])
+
+
+def _folder_label(folder):
+    label = _label(folder.name, (), str(folder))
+    if label != folder.name:  # beside one without the space it would be another class
+        raise InputError(
+            f"{folder}: label is {_short(folder.name)}, expected no space around the name of a class"
+        )
+    return label
 
 
 def _read_csv(file, conditioning):

@@ -250,7 +250,7 @@ def test_keys_and_values_made_once_stand_for_their_context():
     made = layer.keys_values(context)
     assert [part.shape for part in made] == [(2, 5, 2, 4)] * 2
     for queries in (x, other):
-        received = layer(queries, mask=mask, keys_values=made)
+        received = layer(queries, None, mask, made)
         np.testing.assert_array_equal(received, layer(queries, context, mask))
 
 

@@ -332,7 +332,7 @@ def test_a_picture_starts_and_ends_by_the_rates_of_its_process(toy_networks, nam
     painter = Painter(networks, IMAGE_SIZE)
 
     class Asked:
-        project_text = networks.unet.project_text
+        variables, project_text = networks.unet.variables, networks.unet.project_text
 
         def predict_from(self, *inputs):
             asked.append(inputs)
@@ -340,7 +340,7 @@ def test_a_picture_starts_and_ends_by_the_rates_of_its_process(toy_networks, nam
 
     painter.networks = networks._replace(unet=Asked())
     # Not traced, so that what is asked can be read.
-    painter._ask = lambda unet, x, t, text: painter._predict(unet, x, tf.reshape(t, [1]), text)
+    painter._ask = lambda unet, x, t, *rest: painter._predict(unet, x, tf.reshape(t, [1]), *rest)
     seeds = np.array([3])
     by_steps = {"on_step": lambda *step: None, "steps": 1, "guidance": 1}
     drawn = list(painter.draw(captions()[0][:1], seeds, **by_steps))
