@@ -219,7 +219,7 @@ class Painter:
         See `UNet.project_text` for the text.
         """
         process = self.networks.process
-        with keras.StatelessScope(list(zip(unet.variables, weights, strict=True))):
+        with keras.StatelessScope(list(zip(unet.predicting_variables, weights, strict=True))):
             predicted = unet.predict_from(process.scaled(x, t), t, text)
         return process.denoised(predicted, x, t)
 
@@ -308,7 +308,7 @@ class Painter:
         as large. What a U-Net makes of a text is made here, before the sampler's loop."""
         _, text_encoder, unet, _, _ = networks
         # Read before the loop too: where that reads variables, the parts of a batch wait for one another.
-        weights = [tf.convert_to_tensor(weight.value) for weight in unet.variables]
+        weights = [tf.convert_to_tensor(weight.value) for weight in unet.predicting_variables]
 
         @functools.cache
         def projected(name):

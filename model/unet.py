@@ -265,6 +265,15 @@ class UNet(keras.Model):
         blocks = {name: layer for name, layer in layers.items() if isinstance(layer, TransformerBlock)}
         return text | {name: layer.attn2.keys_values(context) for name, layer in blocks.items()}
 
+    @property
+    def predicting_variables(self):
+        """The variables that `predict_from` reads: all but those that `project_text` does."""
+        layers = [layer for layer in self.layers if layer.name == "pooled_context"]
+        for block in (layer for layer in self.layers if isinstance(layer, TransformerBlock)):
+            layers += [block.attn2.to_k, block.attn2.to_v]
+        of_text = {id(variable) for layer in layers for variable in layer.variables}
+        return [variable for variable in self.variables if id(variable) not in of_text]
+
     def predict_from(self, latents, times, text):
         """The prediction (B, h, w, C), float32, from latents (B, h, w, C), times (B,) and what `project_text` gave."""
         layers = {layer.name: layer for layer in self.layers}

@@ -332,7 +332,8 @@ def test_a_picture_starts_and_ends_by_the_rates_of_its_process(toy_networks, nam
     painter = Painter(networks, IMAGE_SIZE)
 
     class Asked:
-        variables, project_text = networks.unet.variables, networks.unet.project_text
+        predicting_variables = networks.unet.predicting_variables
+        project_text = networks.unet.project_text
 
         def predict_from(self, *inputs):
             asked.append(inputs)
