@@ -83,7 +83,7 @@ class Generate:
     guidance_interval: tuple[float, float] | None = None
     # share of the contrast that guidance adds to take back, 0 to 1; None: 0
     guidance_rescale: float | None = None
-    # share of each prediction's values that are left as they are, such as 0.995: the largest are cut; None: all
+    # dynamic thresholding: quantile of each prediction's values, such as 0.995, that the largest are cut to
     threshold: float | None = None
     # with --threshold: the size, in standard deviations, below which nothing is cut; None: 3
     threshold_limit: float | None = None

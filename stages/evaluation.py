@@ -34,7 +34,8 @@ def evaluate(path, ema_sweep=False, gpus="all") -> dict:
     run = RunFolder.read(path)
     if ema_sweep:
         _check_sweep(run)
-    strategy_on(settings.from_dict(run.config, gpus=gpus).gpus, {})  # before TensorFlow makes a variable
+    settings.check(settings.from_dict(run.config, gpus=gpus))
+    strategy_on(gpus, {})  # before TensorFlow makes a variable
     networks, config = load(path)
     with RunFolder.open(path, settings.to_dict(config)) as run:
         data = prepared_data(config, run)

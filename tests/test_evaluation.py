@@ -106,6 +106,11 @@ def test_what_cannot_be_swept_is_refused_before_it_is_measured(copy, capsys, los
     assert not (copy / "metrics.json").exists()
 
 
+def test_gpus_that_cannot_be_are_refused(copy, capsys):
+    line = refusal(capsys, ["evaluate", "--run", str(copy), "--gpus", "first"])
+    assert line == "--gpus: received 'first', expected all, none, or indices such as 0,2"
+
+
 def test_no_run_is_refused(tmp_path, capsys):
     assert "expected --run with the folder of a run" in refusal(capsys, ["evaluate", "--run", str(tmp_path)])
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from model.unet import LogVariance
 from optimizers import AdamW, Muon, adamw, is_matrix, muon, orthogonalised, warmup_cosine
 
 
@@ -184,10 +185,10 @@ def test_muon_keeps_no_squares_of_matrices():
 
 def test_muon_takes_kernels_but_the_first_and_last_of_our_networks(toy_networks):
     matrices, left = set(), set()
-    for variable in weights_of(toy_networks()):
+    for variable in weights_of(toy_networks()) + LogVariance().weights:
         if len(variable.shape) >= 2:
             (matrices if is_matrix(variable) else left).add(variable.path)
-    ends = ["conv_in", "conv_out"]  # of the U-Net
+    ends = ["conv_in", "conv_out", "log_variance"]  # of the U-Net, and beside it
     ends += ["encoder.conv_in", "encoder.conv_out", "quant_conv"]
     ends += ["post_quant_conv", "decoder.conv_in", "decoder.conv_out"]
     tables = {path for path in left if path.endswith("/embeddings")}
