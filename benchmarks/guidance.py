@@ -1,4 +1,4 @@
-"""What the strength of guidance, and the times it acts at, do to KID and to how pictures follow their sentences.
+"""What the strength of guidance, the times it acts at and what it leads away from do to KID and to the sentences.
 
 python cup3.py
 python benchmarks/guidance.py --run runs/paper-flowers
@@ -13,20 +13,25 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from checkpoint import RunFolder
 from errors import InputError
 from evaluate import follows_captions
-from generate import Painter, drawing, load
+from generate import Painter, drawing, load, weak_networks
 from input_pipeline import load_data, read_pictures, split
 from metrics import kid
 from model.perceptual import FeatureNetwork
 from trainer import reconstruct
 
-SETTINGS = [  # guidance, interval
-    (3.0, (0.0, 1.0)),
-    (3.0, (0.0, 0.8)),
-    (3.0, (0.3, 0.85)),
-    (4.0, (0.3, 0.7)),
-    (5.0, (0.3, 0.8)),
+SETTINGS = [  # guidance, interval, and the share of the training of the weak model; None leads away from no text
+    (1.0, (0.0, 1.0), None),
+    (3.0, (0.0, 1.0), None),
+    (3.0, (0.3, 0.85), None),
+    (4.0, (0.3, 0.7), None),
+    (5.0, (0.3, 0.8), None),
+    (2.0, (0.0, 1.0), 0.125),
+    (2.0, (0.0, 1.0), 0.25),
+    (3.0, (0.0, 1.0), 0.25),
+    (2.0, (0.0, 1.0), 0.5),
 ]
 
 
@@ -64,20 +69,30 @@ def main(options):
     features = FeatureNetwork(judge.network, judge.size, judge.weights)
     real = features(pictures)
     print(f"KID of reconstructions: {kid(real, features(reconstruct(networks.vae, pictures))).value:.4f}\n")
-    painter = Painter(networks, config.image_size, judge.batch_size)
+    shares = {share for _, _, share in SETTINGS}
+    painters = {share: _painter(options.run, networks, config, share) for share in shares}
     tokens = np.stack([data.captions[row][0] for row in held_out])[: options.count]
     tests = networks.vocabulary.decode(data.test_tokens[: options.count])
     print(
-        "| guidance | from | to | KID | petal colour | centre colour | petals |\n|---|---|---|---|---|---|---|"
+        "| away from | guidance | from | to | KID | petal colour | centre colour | petals |\n|" + "---|" * 8
     )
-    for guidance, interval in SETTINGS:
+    for guidance, interval, share in SETTINGS:
+        painter, other = painters[share], "no text" if share is None else f"{share:g} of the training"
         settings = drawing(config, guidance=guidance, interval=interval)
         drawn = np.stack(list(painter.draw(tokens, np.arange(len(tokens)), **settings)))
         right = follows_captions(painter, tests, 1000, **settings)
         shares = " | ".join(f"{right[name]:.1%}" for name in ("petal_color", "center_color", "petals"))
         value = kid(real, features(drawn)).value
-        print(f"| {guidance:g} | {interval[0]:g} | {interval[1]:g} | {value:.4f} | {shares} |", flush=True)
+        print(
+            f"| {other} | {guidance:g} | {interval[0]:g} | {interval[1]:g} | {value:.4f} | {shares} |",
+            flush=True,
+        )
     return 0
+
+
+def _painter(run, networks, config, share):
+    weak = None if share is None else weak_networks(RunFolder.read(run), networks, config, share)
+    return Painter(networks, config.image_size, config.evaluation.batch_size, weak)
 
 
 if __name__ == "__main__":

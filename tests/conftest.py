@@ -106,6 +106,10 @@ class LightUNet(keras.Model):
     def get_config(self):
         return dict(self._arguments)
 
+    @property
+    def predicting_variables(self):
+        return self.variables
+
     def project_text(self, context, mask):
         return {"context": context, "mask": mask}
 

@@ -208,7 +208,8 @@ def test_the_weak_model_is_the_run_s_own_of_that_share_of_its_training(
         ),
         (
             {"weak": 0.5, "guidance": 2},
-            "received a run without averages, expected one trained with --training.snapshots above 0",
+            "received a run without averages, expected one trained with --training.snapshots above 0, "
+            "and for longer than to the first of them",
         ),
     ],
 )
