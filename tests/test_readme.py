@@ -139,6 +139,16 @@ def test_the_readme_names_the_flags_of_data_with_their_defaults():
     assert {*named, "out"} == {item.name for item in dataclasses.fields(cup3.Data)}
 
 
+@pytest.mark.parametrize("command", ["generate", "evaluate", "data"])
+def test_the_readme_names_every_flag_of_a_command_and_no_other(command):
+    table = re.search(rf"\| flag of `{command}` .*?\n\n", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    first_cells = [row.split(" | ")[0] for row in table.splitlines()[2:]]
+    named = {flag for cell in first_cells for flag in re.findall(r"`--([a-z-]+)", cell)}
+    named |= {"gif"} if command == "generate" else set()  # described beside the frames
+    known = {item.name.replace("_", "-") for item in dataclasses.fields(cup3.SETTINGS[command])}
+    assert named == known
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_links_lead_somewhere(document):
     targets = [a or b for a, b in LINK.findall(document.read_text())]
