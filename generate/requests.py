@@ -3,6 +3,7 @@
 import collections
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -200,43 +201,18 @@ def _check_threshold(asked, flag):
         raise InputError(f"{name}: received {limit}, expected {least:g} to {most:g}")
 
 
-def write_pictures(
-    run,
-    prompt=(),
-    prompts=None,
-    count=1,
-    seed=0,
-    sampler=None,
-    spacing=None,
-    steps=None,
-    guidance=None,
-    guidance_interval=None,
-    guidance_rescale=None,
-    weak=None,
-    negative=None,
-    init_image=None,
-    strength=None,
-    mask=None,
-    threshold=None,
-    threshold_limit=None,
-    to_prompt=None,
-    to_seed=None,
-    frames=None,
-    gif=False,
-    show_steps=False,
-    batch_size=16,
-    out="pictures",
-):
-    """Draws pictures with a run and writes them, one PNG each and a captioned `grid.png`.
+class Request(NamedTuple):
+    """What pictures are asked of a run, by the names of the flags of `generate`.
 
     Args:
-        run: the run's folder.
         prompt, prompts: sentences or names of classes, and a text file with one a line, or None; neither for a run
             without conditioning.
         count, seed: see `generate`.
         sampler, spacing, steps, guidance, guidance_interval: the sampler, its times and their number, the strength of
             guidance and the times it acts at; None takes the run's.
         guidance_rescale, threshold, threshold_limit: see `Drawing`; None takes its defaults.
+        weak: share of the training, above 0 and below 1, of the model that guidance leads away from, see
+            `weak_networks`; None leads away from no text, or from the negative one.
         negative: a sentence that guidance leads away from, or None.
         init_image, mask: picture files, see `begun_with`, or None.
         strength: see `Drawing`; None is 1 with a mask, `STRENGTH` without.
@@ -245,6 +221,40 @@ def write_pictures(
         show_steps: whether a sheet beside each PNG shows it after each of the sampler's steps.
         batch_size: pictures drawn at once.
         out: folder for the files; it is made.
+    """
+
+    prompt: tuple[str, ...] = ()
+    prompts: str | Path | None = None
+    count: int = 1
+    seed: int = 0
+    sampler: str | None = None
+    spacing: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    guidance_rescale: float | None = None
+    weak: float | None = None
+    negative: str | None = None
+    init_image: str | Path | None = None
+    strength: float | None = None
+    mask: str | Path | None = None
+    threshold: float | None = None
+    threshold_limit: float | None = None
+    to_prompt: str | None = None
+    to_seed: int | None = None
+    frames: int | None = None
+    gif: bool = False
+    show_steps: bool = False
+    batch_size: int = 16
+    out: str | Path = "pictures"
+
+
+def write_pictures(run, *prompts, **flags):
+    """Draws pictures with a run and writes them, one PNG each and a captioned `grid.png`.
+
+    Args:
+        run: the run's folder.
+        prompts, flags: of a `Request`.
 
     Returns:
         The paths of the pictures' PNG files.
@@ -253,36 +263,59 @@ def write_pictures(
         InputError: see `load`, `begun_with`, `generate` and `between`; or `prompts` cannot be read, or `out` not
             written.
     """
-    if batch_size < 1:
-        raise InputError(f"--batch-size: received {batch_size}, expected at least 1")
-    texts = [*prompt, *(_read_prompts(prompts) if prompts else ())]
-    if threshold_limit is not None and threshold is None:
-        raise InputError(f"--threshold-limit: received {threshold_limit} without --threshold, expected both")
-    if weak is not None and not 0 < weak < 1:
-        raise InputError(f"--weak: received {weak}, expected a share of the training, above 0 and below 1")
+    asked = Request(*prompts, **flags)
+    _check_shares(asked)
+    texts = [*asked.prompt, *(_read_prompts(asked.prompts) if asked.prompts else ())]
     networks, config = load(run)
     if networks.vocabulary.is_unconditional:
         texts = texts or [""]
-    check_way(texts, count, seed, to_prompt, to_seed, frames, gif, flag="--")
-    given = {"sampler": sampler, "spacing": spacing, "steps": steps, "guidance": guidance}
-    given |= {"interval": guidance_interval, "rescale": guidance_rescale, "negative": negative}
-    given |= {"threshold": threshold, "threshold_limit": threshold_limit}
-    settings = drawing(config, **given) | begun_with(init_image, mask, strength, config.image_size)
-    _check_request(networks.vocabulary, texts, count, seed, weak, **settings, flag="--")
-    if to_prompt is not None:
-        networks.vocabulary.check([to_prompt], "--to-prompt")
-    _warn_of_unknown(run, networks.vocabulary, [*texts, *filter(None, (negative, to_prompt))])
-    other = None if weak is None else weak_networks(RunFolder.read(run), networks, config, weak)
-    painter = Painter(networks, config.image_size, batch_size, other)
-    files = {"weak": weak, "init_image": init_image, "mask": mask, "to_prompt": to_prompt, "to_seed": to_seed}
-    written = {"run": run, **_written(settings, **files)}
+    settings = _settings(asked, config)
+    _check_texts(asked, texts, networks.vocabulary, settings)
+    _warn_of_unknown(run, networks.vocabulary, [*texts, *filter(None, (asked.negative, asked.to_prompt))])
+    weak = None if asked.weak is None else weak_networks(RunFolder.read(run), networks, config, asked.weak)
+    painter = Painter(networks, config.image_size, asked.batch_size, weak)
+    written = {"run": run, **_written(settings, asked)}
     previews = collections.defaultdict(list)
-    settings |= {"progress": "drawing", "on_step": _collect(previews) if show_steps else None}
-    if to_prompt is None and to_seed is None:
-        pictures = generate(painter, texts, count, seed, **settings)
+    settings |= {"progress": "drawing", "on_step": _collect(previews) if asked.show_steps else None}
+    if asked.to_prompt is None and asked.to_seed is None:
+        pictures = generate(painter, texts, asked.count, asked.seed, **settings)
     else:
-        pictures = between(painter, texts[0], to_prompt, seed, to_seed, frames or FRAMES, **settings)
-    return _save(pictures, Path(out), previews, gif, **written)
+        way = asked.to_prompt, asked.seed, asked.to_seed, asked.frames or FRAMES
+        pictures = between(painter, texts[0], *way, **settings)
+    return _save(pictures, Path(asked.out), previews, asked.gif, **written)
+
+
+def _check_shares(asked):
+    """Refuses numbers that are wrong whatever the run is."""
+    if asked.batch_size < 1:
+        raise InputError(f"--batch-size: received {asked.batch_size}, expected at least 1")
+    if asked.threshold_limit is not None and asked.threshold is None:
+        raise InputError(
+            f"--threshold-limit: received {asked.threshold_limit} without --threshold, expected both"
+        )
+    if asked.weak is not None and not 0 < asked.weak < 1:
+        raise InputError(
+            f"--weak: received {asked.weak}, expected a share of the training, above 0 and below 1"
+        )
+
+
+def _check_texts(asked, texts, vocabulary, settings):
+    """Refuses what cannot be drawn of these texts by a run of this vocabulary."""
+    check_way(
+        texts, asked.count, asked.seed, asked.to_prompt, asked.to_seed, asked.frames, asked.gif, flag="--"
+    )
+    _check_request(vocabulary, texts, asked.count, asked.seed, asked.weak, **settings, flag="--")
+    if asked.to_prompt is not None:
+        vocabulary.check([asked.to_prompt], "--to-prompt")
+
+
+def _settings(asked, config):
+    """A request's keywords of `Painter.draw`; what it leaves open is the run's."""
+    own = ("sampler", "spacing", "steps", "guidance", "negative", "threshold", "threshold_limit")
+    given = {name: getattr(asked, name) for name in own}
+    given |= {"interval": asked.guidance_interval, "rescale": asked.guidance_rescale}
+    begun = begun_with(asked.init_image, asked.mask, asked.strength, config.image_size)
+    return drawing(config, **given) | begun
 
 
 def _save(pictures, out, previews, gif, **written):
@@ -357,13 +390,14 @@ def _size(path):
         return "x".join(map(str, ImageOps.exif_transpose(image).size))
 
 
-def _written(settings, **files):
-    """Keywords of `Painter.draw` by the names of their flags, as a PNG keeps them; pictures by the names of `files`."""
+def _written(settings, asked):
+    """Keywords of `Painter.draw` by the names of their flags, as a PNG keeps them; pictures by their files."""
     flags = {"interval": "guidance_interval", "rescale": "guidance_rescale"}
     settings = {
         flags.get(name, name): value for name, value in settings.items() if name not in ("picture", "area")
     }
-    return settings | {name: path for name, path in files.items() if path is not None}
+    others = {name: getattr(asked, name) for name in ("weak", "init_image", "mask", "to_prompt", "to_seed")}
+    return settings | {name: value for name, value in others.items() if value is not None}
 
 
 def _read_prompts(path):

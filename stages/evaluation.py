@@ -44,7 +44,8 @@ def evaluate(path, ema_sweep=False, gpus="all") -> dict:
         if ema_sweep:
             run.write_json("ema_sweep.json", _swept(run, networks, measure) | {"protocol": protocol})
         saved = chosen_weights(run)
-        _assign(networks, saved.tensors, run)
+        if ema_sweep:  # which has left the last length's
+            _assign(networks, saved.tensors, run)
         value = measure()
         _say("KID", value)
         weights = {"step": saved.step, "length": saved.state.get("length")}

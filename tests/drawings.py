@@ -1,11 +1,13 @@
 """Requests, pictures and a small run for the tests of `generate`."""
 
 import numpy as np
+import tensorflow as tf
 from PIL import Image
 
 import generate
 from checkpoint import collect, named_variables
 from config import Config, EvaluationConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from diffusion.samplers import SAMPLERS
 
 PROMPTS = ["one red flower", "a blue flower with a yellow center", "two green leaves"]
 STEPS, GUIDANCE = 3, 2.0
@@ -47,3 +49,29 @@ def diffusion_tensors(networks, scale=1.0):
         raw = collect(named_variables(getattr(networks, name)), name)
         tensors |= {key: scale * value for key, value in own.items()} | {key: 0 * raw[key] for key in raw}
     return tensors
+
+
+def denoiser(networks, prompt):
+    """`denoise` of a picture without guidance, by the networks themselves."""
+    _, text_encoder, unet, process, vocabulary = networks
+    tokens, mask = map(tf.constant, vocabulary.encode([prompt]))
+    context = text_encoder([tokens, mask])
+
+    def denoise(x, t):
+        t = tf.reshape(t, [1])
+        return process.denoised(unet([process.scaled(x, t), t, context, mask]), x, t)
+
+    return denoise
+
+
+def by_hand(networks, sampler, times, seed, denoise, noise=None):
+    """A picture, uint8 (H, W, 3), by the pure function of that name."""
+    vae, process, shape = networks.vae, networks.process, (8, 8, 2)
+
+    def step_noise(k):
+        return generate.noise_of(tf.constant([seed], tf.int64), shape, k + 1)
+
+    own = {"step_noise": step_noise} if sampler in ("ddpm", "euler-ancestral", "dpmpp-2m-sde") else {}
+    noise = generate.noise_of(tf.constant([seed], tf.int64), shape) if noise is None else noise
+    latents = SAMPLERS[sampler](denoise, process.start(noise, times[0]), times, process.rates, **own)
+    return np.asarray(generate.to_images(vae.decode(latents))).astype(int)[0]

@@ -1,6 +1,5 @@
 """What the benchmarks measure is what the run draws, and what they cannot measure is one line and exit code 2."""
 
-import importlib.util
 import json
 import os
 import sys
@@ -166,38 +165,6 @@ def test_every_recipe_is_one_that_a_run_takes(tmp_path, monkeypatch, capsys):
     assert len({(*map(str, (one.diffusion, one.training)),) for one in asked}) == len(recipe.RECIPES)
     assert [one.seed for one in asked] == [0, 1] * len(recipe.RECIPES)
     assert {(one.training.epochs, one.evaluation.every) for one in asked} == {(3, 3)}
-
-
-TINY = sampling.Size(4, (8, 16), (False, True), 1, head_channels=4, context_shape=(5, 6), groups=4)
-needs_diffusers = pytest.mark.skipif(
-    importlib.util.find_spec("diffusers") is None or importlib.util.find_spec("torch") is None,
-    reason="could not import 'torch' or diffusers",
-)
-
-
-@needs_diffusers
-def test_our_rate_and_diffusers_are_of_the_same_pictures(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sampling.SIZES, "small", TINY)
-    path = tmp_path / "figures.json"
-    assert sampling.main(sampling.Options(batch=3, steps=4, rounds=3, json=str(path))) == 0
-    figures = json.loads(path.read_text())
-    assert figures == json.loads(capsys.readouterr().out)
-    assert figures["largest difference of a pixel"] <= 1 and figures["spread of the pixels"] > 5
-    assert figures["evaluations a picture"] == 8
-    rates, taken = figures["pictures a second"], figures["seconds, by the clock and of all threads"]
-    assert rates.keys() == taken.keys() and "cup3" in rates and len(rates) >= 2
-    for name, rounds in taken.items():
-        assert rates[name] == pytest.approx(3 / sorted(clock for clock, _ in rounds)[1])
-    ours = rates.pop("cup3")
-    assert figures["ratio"] == pytest.approx(ours / max(rates.values()))
-
-
-@needs_diffusers
-def test_pictures_of_other_weights_would_differ(monkeypatch):
-    monkeypatch.setitem(sampling.SIZES, "small", TINY)
-    monkeypatch.setattr(sampling, "take_weights", lambda unet, theirs: None)
-    figures = sampling.measure(sampling.Options(batch=2, steps=2, rounds=1))
-    assert figures["largest difference of a pixel"] > 5
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,17 @@ from generate import (
 )
 from generate.painter import blended, latent_area
 from model.unet import UNet
-from tests.drawings import GUIDANCE, PROMPTS, STEPS, drawn, images, left_half, some_picture
+from tests.drawings import (
+    GUIDANCE,
+    PROMPTS,
+    STEPS,
+    by_hand,
+    denoiser,
+    drawn,
+    images,
+    left_half,
+    some_picture,
+)
 
 
 def test_a_picture_does_not_depend_on_its_batch(networks, painter):
@@ -181,32 +191,6 @@ def test_the_samplers_loop_takes_every_weight_but_those_of_the_text(networks, mo
     assert not any(value.shape[1:] == text_encoder.context_shape for value in given)
     # A loop that reads variables makes the parts of a batch wait for one another.
     assert not any(value.dtype == tf.resource for value in given)
-
-
-def denoiser(networks, prompt):
-    """`denoise` of a picture without guidance, by the networks themselves."""
-    _, text_encoder, unet, process, vocabulary = networks
-    tokens, mask = map(tf.constant, vocabulary.encode([prompt]))
-    context = text_encoder([tokens, mask])
-
-    def denoise(x, t):
-        t = tf.reshape(t, [1])
-        return process.denoised(unet([process.scaled(x, t), t, context, mask]), x, t)
-
-    return denoise
-
-
-def by_hand(networks, sampler, times, seed, denoise, noise=None):
-    """A picture, uint8 (H, W, 3), by the pure function of that name."""
-    vae, process, shape = networks.vae, networks.process, (8, 8, 2)
-
-    def step_noise(k):
-        return noise_of(tf.constant([seed], tf.int64), shape, k + 1)
-
-    own = {"step_noise": step_noise} if sampler in ("ddpm", "euler-ancestral", "dpmpp-2m-sde") else {}
-    noise = noise_of(tf.constant([seed], tf.int64), shape) if noise is None else noise
-    latents = SAMPLERS[sampler](denoise, process.start(noise, times[0]), times, process.rates, **own)
-    return np.asarray(to_images(vae.decode(latents))).astype(int)[0]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
