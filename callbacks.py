@@ -86,6 +86,7 @@ class Keeper(keras.callbacks.Callback):
         steps_per_epoch: steps of a whole epoch.
         signals: the `Signals` of the process.
         epochs: all epochs of the stage.
+        before_test: function of the step, called before the trainer's `evaluate`.
         finish_row: function of (epoch, logs) -> dict of more entries for the epoch's row.
         choose: function of the row -> (Estimate, state) for `RunFolder.save_best`, or None.
         kid_every: epochs between two measurements of KID; the first and the last epoch have one anyway.
@@ -108,7 +109,7 @@ class Keeper(keras.callbacks.Callback):
         self.snapshots = frozenset(snapshots)
         self.run, self.stage, self.signals = run, stage, signals
         self.steps_per_epoch, self.epochs = steps_per_epoch, epochs
-        self.finish_row, self.choose, self.kid_every = finish_row, choose, kid_every
+        self.finish_row, self.choose, self.kid_every, self.before_test = finish_row, choose, kid_every, None
         self.step, self.pending, self.logs = 0, False, {}
         self._metrics, self._seconds, self._started = {}, 0.0, time.monotonic()
         self._first = True
@@ -157,6 +158,10 @@ class Keeper(keras.callbacks.Callback):
                 self.stage, self.step, collect(self.model.power_averages.variables, "average")
             )
         self.signals.release()
+
+    def on_test_begin(self, logs=None):
+        if self.before_test:
+            self.before_test(self.step)
 
     def on_epoch_end(self, epoch, logs=None):
         self.signals.shield()

@@ -87,7 +87,9 @@ class Generate:
     threshold: float | None = None
     # with --threshold: the size, in standard deviations, below which nothing is cut; None: 3
     threshold_limit: float | None = None
-    # lead away from the run's own model as it was after this share of its training (autoguidance), such as 0.25
+    # strength of leading away from the run's own early weights, 1 is off; None: the run's
+    autoguidance: float | None = None
+    # the share of its training after which it had those, such as 0.25; None: the run's
     weak: float | None = None
     negative: str | None = None  # a sentence that guidance leads away from
     init_image: str | None = None  # picture file to begin with, instead of noise alone

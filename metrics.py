@@ -42,6 +42,8 @@ class Protocol:
     guidance: float
     guidance_from: float  # least diffusion time of guidance
     guidance_to: float  # and most
+    autoguidance: float
+    weak: float  # the share of the training after which the weak model had been kept
     ema: bool  # whether the averaged network drew
     seed: int
 

@@ -190,6 +190,7 @@ class LatentDiffusionTrainer(_Trainer):
         input_perturbation: strength of its `input_noise` (B, h, w, C) in what the U-Net sees of that noise; see
             `diffusion.targets.perturbed` for both.
         power_averages: whether `fit` also keeps the averages from which `averages` rebuilds any other.
+        weak: whether its painter has weak networks, with the same weights until `generate.lead_away` gives them others.
 
     Batches are those of `input_pipeline.latent_batches`: `latents`, `noise` (B, h, w, C), `diffusion_times` (B,),
     `tokens` (B, T) or `context` (B, T, D), `mask` (B, T), and the two noises above where their strengths are not 0.
@@ -210,6 +211,7 @@ class LatentDiffusionTrainer(_Trainer):
         offset_noise=0.0,
         input_perturbation=0.0,
         power_averages=False,
+        weak=False,
     ):
         super().__init__("latent_diffusion_trainer", micro_batches)
         self.unet, self.text_encoder = networks.unet, networks.text_encoder
@@ -217,6 +219,10 @@ class LatentDiffusionTrainer(_Trainer):
         self.ema_unet, self.ema_text_encoder = _copy(self.unet), _copy(self.text_encoder)
         self.log_variance = LogVariance() if self.process.weight == "uncertainty" else None
         averaged = networks._replace(unet=self.ema_unet, text_encoder=self.ema_text_encoder)
+        if weak:
+            averaged = averaged._replace(
+                weak=averaged._replace(unet=_copy(self.unet), text_encoder=_copy(self.text_encoder))
+            )
         self.painter = Painter(averaged, image_size, draw_batch)
         self.kid_metric, self.kid_images, self.kid_tokens = kid, kid_images, kid_tokens
         self.draw_settings = draw or {}

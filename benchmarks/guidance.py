@@ -13,25 +13,27 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from checkpoint import RunFolder
 from errors import InputError
 from evaluate import follows_captions
-from generate import Painter, drawing, load, weak_networks
+from generate import Painter, drawing, load, with_weak
 from input_pipeline import load_data, read_pictures, split
 from metrics import kid
 from model.perceptual import FeatureNetwork
 from trainer import reconstruct
 
-SETTINGS = [  # guidance, interval, and the share of the training of the weak model; None leads away from no text
-    (1.0, (0.0, 1.0), None),
-    (3.0, (0.0, 1.0), None),
-    (3.0, (0.3, 0.85), None),
-    (4.0, (0.3, 0.7), None),
-    (5.0, (0.3, 0.8), None),
-    (2.0, (0.0, 1.0), 0.125),
-    (2.0, (0.0, 1.0), 0.25),
-    (3.0, (0.0, 1.0), 0.25),
-    (2.0, (0.0, 1.0), 0.5),
+SETTINGS = [  # guidance and its interval, autoguidance and the share of the training of its weak model
+    (1.0, (0.0, 1.0), 1.0, None),
+    (3.0, (0.0, 1.0), 1.0, None),
+    (3.0, (0.3, 0.85), 1.0, None),
+    (4.0, (0.3, 0.7), 1.0, None),
+    (5.0, (0.3, 0.8), 1.0, None),
+    (1.0, (0.0, 1.0), 2.0, 0.25),
+    (2.0, (0.3, 0.7), 2.0, 0.125),
+    (2.0, (0.3, 0.7), 2.0, 0.25),
+    (2.0, (0.3, 0.7), 2.0, 0.5),
+    (2.5, (0.3, 0.7), 2.0, 0.25),
+    (3.0, (0.3, 0.7), 2.0, 0.25),
+    (2.5, (0.3, 0.7), 2.5, 0.25),
 ]
 
 
@@ -69,30 +71,36 @@ def main(options):
     features = FeatureNetwork(judge.network, judge.size, judge.weights)
     real = features(pictures)
     print(f"KID of reconstructions: {kid(real, features(reconstruct(networks.vae, pictures))).value:.4f}\n")
-    shares = {share for _, _, share in SETTINGS}
-    painters = {share: _painter(options.run, networks, config, share) for share in shares}
+    painters = {share: _painter(networks, config, share) for *_, share in SETTINGS}
     tokens = np.stack([data.captions[row][0] for row in held_out])[: options.count]
     tests = networks.vocabulary.decode(data.test_tokens[: options.count])
-    print(
-        "| away from | guidance | from | to | KID | petal colour | centre colour | petals |\n|" + "---|" * 8
+    heads = (
+        "guidance",
+        "from",
+        "to",
+        "autoguidance",
+        "weak",
+        "KID",
+        "petal colour",
+        "centre colour",
+        "petals",
     )
-    for guidance, interval, share in SETTINGS:
-        painter, other = painters[share], "no text" if share is None else f"{share:g} of the training"
-        settings = drawing(config, guidance=guidance, interval=interval)
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    for guidance, interval, autoguidance, share in SETTINGS:
+        painter, weak = painters[share], "" if share is None else f"{share:g}"
+        settings = drawing(config, guidance=guidance, interval=interval, autoguidance=autoguidance)
         drawn = np.stack(list(painter.draw(tokens, np.arange(len(tokens)), **settings)))
         right = follows_captions(painter, tests, 1000, **settings)
         shares = " | ".join(f"{right[name]:.1%}" for name in ("petal_color", "center_color", "petals"))
         value = kid(real, features(drawn)).value
-        print(
-            f"| {other} | {guidance:g} | {interval[0]:g} | {interval[1]:g} | {value:.4f} | {shares} |",
-            flush=True,
-        )
+        strengths = f"{guidance:g} | {interval[0]:g} | {interval[1]:g} | {autoguidance:g} | {weak}"
+        print(f"| {strengths} | {value:.4f} | {shares} |", flush=True)
     return 0
 
 
-def _painter(run, networks, config, share):
-    weak = None if share is None else weak_networks(RunFolder.read(run), networks, config, share)
-    return Painter(networks, config.image_size, config.evaluation.batch_size, weak)
+def _painter(networks, config, share):
+    networks = networks._replace(weak=None) if share is None else with_weak(networks, config, share)
+    return Painter(networks, config.image_size, config.evaluation.batch_size)
 
 
 if __name__ == "__main__":

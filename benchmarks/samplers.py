@@ -38,14 +38,15 @@ class Options:
 
 
 def asked(process, sampler, settings):
-    """Evaluations of the U-Net for a picture, those with guidance counted as two.
+    """Evaluations of the U-Net for a picture, those with guidance counted as two, and one more each for autoguidance.
 
     The share with guidance is that of the times, which Heun's method asks about twice but for the first.
     """
     times = sampling_times(process, settings["steps"], settings["spacing"]).numpy()[:-1]
     least, most = settings["interval"]
     twice = np.sum((times >= least) & (times <= most)) if settings["guidance"] != 1 else 0
-    return evaluations(sampler, settings["steps"]) * (1 + twice / len(times))
+    away = settings["autoguidance"] != 1
+    return evaluations(sampler, settings["steps"]) * (1 + away + twice / len(times))
 
 
 def measure(networks, config, tokens, real, options):

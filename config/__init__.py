@@ -20,6 +20,8 @@ from config.checks import (
     check,
     check_interval,
     check_sampling,
+    check_strength,
+    check_weak,
 )
 from config.presets import CUP3, PRESETS, conditioned, light, preset
 from config.settings import (
@@ -64,6 +66,8 @@ __all__ = [
     "check",
     "check_interval",
     "check_sampling",
+    "check_strength",
+    "check_weak",
     "conditioned",
     "from_dict",
     "light",

@@ -39,11 +39,15 @@ def check(config: Config) -> None:
     for name, value, most in _largest_values(config):
         if value > most:
             raise InputError(f"--{name}: received {value}, expected at most {most}")
-    if not math.isfinite(config.evaluation.guidance):
-        raise InputError(
-            f"--evaluation.guidance: received {config.evaluation.guidance}, expected a finite number"
-        )
+    check_strength("--evaluation.guidance", config.evaluation.guidance)
     check_interval("--evaluation.guidance-interval", config.evaluation.guidance_interval)
+    check_strength("--evaluation.autoguidance", config.evaluation.autoguidance)
+    check_weak("--evaluation.weak", config.evaluation.weak)
+    if config.evaluation.autoguidance != 1 and not config.training.snapshots:
+        raise InputError(
+            f"--evaluation.autoguidance: received {config.evaluation.autoguidance} with --training.snapshots 0, which "
+            "keeps no early weights to lead away from; expected snapshots, or 1, which is off"
+        )
     _check_widths(config)
     factor = 2 ** (len(config.vae.level_channels) - 1)
     if config.image_size % factor:
@@ -84,6 +88,18 @@ def check_interval(name, interval) -> None:
         raise InputError(
             f"{name}: received {tuple(interval)}, expected the least and the most time, within 0 to 1"
         )
+
+
+def check_strength(name, strength) -> None:
+    """Refuses a strength of guidance, by the name of its setting, that is no finite number, with an InputError."""
+    if not math.isfinite(strength):
+        raise InputError(f"{name}: received {strength}, expected a finite number")
+
+
+def check_weak(name, share) -> None:
+    """Refuses what is no share of a training, by the name of its setting, with an InputError."""
+    if not 0 < share < 1:
+        raise InputError(f"{name}: received {share}, expected a share of the training, above 0 and below 1")
 
 
 def check_sampling(prefix, sampler, spacing, steps) -> None:

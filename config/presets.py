@@ -51,7 +51,13 @@ CUP3 = Config(
         snapshots=4,
     ),
     evaluation=EvaluationConfig(
-        images=512, sampler="ddim", steps=20, guidance=3.0, guidance_interval=(0.0, 1.0), batch_size=32
+        images=512,
+        sampler="ddim",
+        steps=20,
+        guidance=3.0,
+        guidance_interval=(0.0, 1.0),
+        autoguidance=1.0,
+        batch_size=32,
     ),
 )
 

@@ -130,9 +130,11 @@ class EvaluationConfig:
     # how pictures are drawn: ddpm, ddim, euler, euler-ancestral, heun, dpmpp-2m, dpmpp-2m-sde, unipc or pndm
     sampler: str = "dpmpp-2m"
     spacing: str = "uniform"  # of the sampler's times: uniform, leading, trailing, karras or logsnr-uniform
-    steps: int = 12  # sampler steps
-    guidance: float = 4.0  # strength of classifier-free guidance; 1 is off
+    steps: int = 8  # sampler steps
+    guidance: float = 2.5  # strength of classifier-free guidance; 1 is off
     guidance_interval: tuple[float, float] = (0.3, 0.7)  # least and most diffusion time to guide at
+    autoguidance: float = 2.0  # strength of leading away from the run's own early weights; 1 is off
+    weak: float = 0.25  # share of the training so far after which it had those
     batch_size: int = 64  # pictures drawn at once
     previews: int = 16  # captions in the grid of every epoch
 

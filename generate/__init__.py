@@ -6,13 +6,14 @@ The command line, previews in training, evaluation and the web page all call it.
 from generate.networks import (
     Networks,
     chosen_weights,
+    lead_away,
     load,
     make_diffusion,
     make_vae,
     rebuilt_average,
     snapshots_of,
     trained_weights,
-    weak_networks,
+    with_weak,
 )
 from generate.painter import Painter, drawing, noise_of, to_images
 from generate.requests import between, generate, write_pictures
@@ -29,6 +30,7 @@ __all__ = [
     "chosen_weights",
     "drawing",
     "generate",
+    "lead_away",
     "load",
     "make_diffusion",
     "make_vae",
@@ -39,6 +41,6 @@ __all__ = [
     "snapshots_of",
     "to_images",
     "trained_weights",
-    "weak_networks",
+    "with_weak",
     "write_pictures",
 ]

@@ -16,13 +16,17 @@ from model.vae import AutoencoderKL
 
 
 class Networks(NamedTuple):
-    """All that drawing needs: the three networks, the process, and the words."""
+    """All that drawing needs: the three networks, the process, the words, and weaker networks or None.
+
+    The weak ones are of the same process and words, but trained less, or smaller; autoguidance leads away from them.
+    """
 
     vae: AutoencoderKL
     text_encoder: VocabularyEncoder
     unet: UNet
     process: Process
     vocabulary: Vocabulary
+    weak: "Networks | None" = None
 
 
 def make_vae(config: Config) -> AutoencoderKL:
@@ -39,7 +43,8 @@ def make_diffusion(config: Config, vocabulary: Vocabulary) -> tuple[UNet, Vocabu
 
 def load(path) -> tuple[Networks, Config]:
     """The networks of a run, with averaged weights: those that an evaluation has settled on, or else the best
-    checkpoint's, or the newest's where none is best yet.
+    checkpoint's, or the newest's where none is best yet. Where the run draws by autoguidance and has kept averages from
+    before these, the weak networks are among them.
 
     Args:
         path: the run's folder.
@@ -61,7 +66,11 @@ def load(path) -> tuple[Networks, Config]:
     assign(named_variables(vae), trained_vae.tensors, "vae", source=path)
     assign(named_variables(unet), saved.tensors, "ema_unet", source=path)
     assign(named_variables(text_encoder), saved.tensors, "ema_text_encoder", source=path)
-    return Networks(vae, text_encoder, unet, Process(**part(config.diffusion)), vocabulary), config
+    networks = Networks(vae, text_encoder, unet, Process(**part(config.diffusion)), vocabulary)
+    has_weak = any(step < saved.step for step in run.average_steps("diffusion"))
+    if config.evaluation.autoguidance != 1 and has_weak:
+        networks = with_weak(networks, config)
+    return networks, config
 
 
 def chosen_weights(run: RunFolder) -> Saved | None:
@@ -86,29 +95,57 @@ def snapshots_of(run: RunFolder) -> list[int]:
     return steps
 
 
-def weak_networks(run: RunFolder, networks: Networks, config: Config, share) -> Networks:
-    """The networks as they were early in their training, to lead away from (autoguidance, Karras et al. 2024).
+def with_weak(networks: Networks, config: Config, share=None) -> Networks:
+    """The networks of a run with weaker ones to lead away from: themselves as they were early in their training
+    (autoguidance, Karras et al. 2024).
 
     Args:
-        run: the run's folder.
-        networks, config: as `load` gives them; the autoencoder and the words are shared.
-        share: of the training up to the last average that was kept; the nearest of those before it is taken.
+        networks, config: as `load` gives them.
+        share: of the training up to the weights that draw; of the averages kept before those the nearest is taken.
+            None is the run's.
 
     Raises:
-        InputError: the run has kept no averages, or none before the last.
+        InputError: the run has kept no averages, or none before the weights that draw.
     """
-    *steps, last = snapshots_of(run)
-    if not steps:
+    run, share = RunFolder.read(config.run), config.evaluation.weak if share is None else share
+    step, (earliest, *_) = chosen_weights(run).step, snapshots_of(run)
+    if earliest >= step:
         raise InputError(
-            f"{run.path}: received a run with averages of one step, {last}, expected some from before it"
+            f"{run.path}: received a run whose first averages are of step {earliest}, expected some from before "
+            f"step {step}, whose weights draw"
         )
-    step = min(steps, key=lambda kept: abs(kept - share * last))
     unet, text_encoder = make_diffusion(config, networks.vocabulary)
-    own = collect(named_variables(networks.text_encoder), "ema_text_encoder")  # where it was frozen
-    tensors = own | rebuilt_average(run, averages.LENGTHS[-1], step)
-    assign(named_variables(unet), tensors, "ema_unet", source=run.path)
-    assign(named_variables(text_encoder), tensors, "ema_text_encoder", source=run.path)
-    return networks._replace(unet=unet, text_encoder=text_encoder)
+    networks = networks._replace(weak=networks._replace(unet=unet, text_encoder=text_encoder, weak=None))
+    lead_away(networks, run, share, step)
+    return networks
+
+
+def lead_away(networks: Networks, run: RunFolder, share, step) -> int | None:
+    """Gives the weak networks the weights that the networks, with those of `step`, are to be led away from.
+
+    These are the run's own average of `averages.LENGTHS[-1]` of about `share` of the step, as far as it was kept; or,
+    before there is any, the networks' own weights, from which nothing leads away.
+
+    Args:
+        networks: with weak ones.
+        run: the run's folder.
+        share: above 0 and below 1.
+        step: of the networks' weights.
+
+    Returns:
+        The average's step, or None.
+    """
+    names = ("unet", "text_encoder")
+    tensors = {}
+    for name in names:
+        tensors |= collect(named_variables(getattr(networks, name)), f"ema_{name}")
+    early = [kept for kept in run.average_steps("diffusion") if kept < step]
+    nearest = min(early, key=lambda kept: abs(kept - share * step), default=None)
+    if nearest is not None:
+        tensors |= rebuilt_average(run, averages.LENGTHS[-1], nearest)
+    for name in names:
+        assign(named_variables(getattr(networks.weak, name)), tensors, f"ema_{name}", source=run.path)
+    return nearest
 
 
 def rebuilt_average(run: RunFolder, length, step=None) -> dict[str, np.ndarray]:

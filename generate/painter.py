@@ -28,6 +28,9 @@ class Drawing(NamedTuple):
         steps: sampler steps.
         guidance: strength of classifier-free guidance; 1 is off.
         interval: (least, most) diffusion time to guide at.
+        autoguidance: how far the prediction so guided is then led away, at all times, from that of the weak networks
+            without guidance; 1 is off. It multiplies: where the weak ones are the networks themselves, the difference
+            that guidance makes.
         sampler: one of `diffusion.samplers.SAMPLERS`.
         spacing: of its times, see `diffusion.times.sampling_times`.
         negative: what guidance leads away from: int32 (T,), and to `generate` a str; None is the empty text.
@@ -44,6 +47,7 @@ class Drawing(NamedTuple):
     steps: int = 20
     guidance: float = 2.5
     interval: tuple[float, float] = ALWAYS
+    autoguidance: float = 1.0
     sampler: str = "ddim"
     spacing: str = "uniform"
     negative: np.ndarray | str | None = None
@@ -58,7 +62,8 @@ class Drawing(NamedTuple):
 def drawing(config: Config, **given) -> dict:
     """How a run draws, as keywords of `Painter.draw`: its own settings, but for those that are given and not None."""
     judged = config.evaluation
-    own = {name: getattr(judged, name) for name in ("steps", "guidance", "sampler", "spacing")}
+    names = ("steps", "guidance", "autoguidance", "sampler", "spacing")
+    own = {name: getattr(judged, name) for name in names}
     own["interval"] = judged.guidance_interval
     return own | {name: value for name, value in given.items() if value is not None}
 
@@ -70,6 +75,7 @@ class Kind(NamedTuple):
     guided: bool
     within: bool = False  # only at some times
     rescaled: bool = False
+    away: bool = False  # from weaker networks
     thresholded: bool = False
     begun: bool = False  # from the latents of a picture
     masked: bool = False
@@ -85,6 +91,7 @@ class Kind(NamedTuple):
             guided,
             within=guided and tuple(asked.interval) != ALWAYS,
             rescaled=asked.rescale != 0,
+            away=asked.autoguidance != 1,
             thresholded=asked.threshold is not None,
             begun=asked.picture is not None and asked.strength < 1,
             masked=asked.area is not None,
@@ -101,7 +108,7 @@ class Kind(NamedTuple):
     @property
     def shared(self):
         """Names of the inputs that all pictures share."""
-        names = ["times", "guidance", "interval", "rescale"]
+        names = ["times", "guidance", "interval", "rescale"] + ["autoguidance"] * self.away
         names += ["threshold", "threshold_limit"] * self.thresholded
         return names + ["picture"] * (self.begun or self.masked) + ["area"] * self.masked
 
@@ -113,12 +120,10 @@ class Painter:
         networks: see `Networks`.
         image_size: side of the pictures in pixels.
         batch_size: pictures drawn at once; it changes speed and memory, not the pictures.
-        weak: `Networks` of the same process and text, but trained less, or smaller. Guidance then leads away from what
-            these predict of the same text, in place of what the networks predict of none: see `guidance.autoguide`.
     """
 
-    def __init__(self, networks, image_size, batch_size=16, weak=None):
-        self.networks, self.weak, self.batch_size = networks, weak, batch_size
+    def __init__(self, networks, image_size, batch_size=16):
+        self.networks, self.batch_size = networks, batch_size
         self.image_size, self.latent_shape = image_size, networks.vae.latent_shape(image_size)
         length, spec = networks.vocabulary.length, tf.TensorSpec
         text = spec([None, length], tf.int32), spec([None, length], tf.bool)
@@ -126,7 +131,8 @@ class Painter:
         self._row_specs = {"own": text, "other": text, "to": text}
         self._row_specs |= {"seeds": seeds, "to_seeds": seeds, "shares": times}
         self._shared_specs = {"times": times, "interval": spec([2], tf.float32)}
-        self._shared_specs |= dict.fromkeys(["guidance", "rescale", "threshold", "threshold_limit"], number)
+        self._shared_specs |= dict.fromkeys(["guidance", "rescale", "autoguidance"], number)
+        self._shared_specs |= dict.fromkeys(["threshold", "threshold_limit"], number)
         self._shared_specs["picture"] = spec([image_size, image_size, 3], tf.uint8)
         self._shared_specs["area"] = spec([image_size, image_size], tf.float32)
         self._compiled = {}
@@ -292,13 +298,14 @@ class Painter:
         rescale = shared["rescale"] if kind.rescaled else 0.0
         guidance = shared["guidance"], rescale, tf.unstack(shared["interval"]) if kind.within else None
         denoise = wanted(asking)
-        if kind.guided and self.weak is not None:
-            denoise = autoguide(denoise, wanted(self._asking(self.weak, rows)), *guidance)
-        elif kind.guided and kind.led:
+        if kind.guided and kind.led:
             # What guidance leads to is no single context here, so it takes two denoisers, not a pair in one batch.
             denoise = autoguide(denoise, asking("other"), *guidance)
         elif kind.guided:
             denoise = guide(asking("own", "other"), *guidance, denoise)
+        if kind.away:
+            weak = wanted(self._asking(self.networks.weak or self.networks, rows))
+            denoise = autoguide(denoise, weak, shared["autoguidance"])
         if kind.thresholded:
             denoise = threshold(denoise, shared["threshold"], shared["threshold_limit"])
         return denoise
@@ -306,7 +313,7 @@ class Painter:
     def _asking(self, networks, rows):
         """A function from names of texts, one or more, to a `denoise` by these networks over a batch that many times
         as large. What a U-Net makes of a text is made here, before the sampler's loop."""
-        _, text_encoder, unet, _, _ = networks
+        text_encoder, unet = networks.text_encoder, networks.unet
         # Read before the loop too: where that reads variables, the parts of a batch wait for one another.
         weights = [tf.convert_to_tensor(weight.value) for weight in unet.predicting_variables]
 

@@ -8,10 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from checkpoint import RunFolder
-from config import check_interval, check_sampling
+from config import check_interval, check_sampling, check_strength, check_weak
 from errors import InputError
-from generate.networks import load, weak_networks
+from generate.networks import load, with_weak
 from generate.painter import Drawing, Painter, drawing
 from generate.sheets import Picture, save_all
 from generate.ways import FRAMES, LARGEST_SEED, Way, check_way
@@ -40,9 +39,7 @@ def generate(painter, prompts, count=1, seed=0, progress=None, negative=None, on
     Raises:
         InputError: no prompt, an empty one or no class, or a count, a seed or a setting that cannot be.
     """
-    _check_request(
-        painter.networks.vocabulary, prompts, count, seed, painter.weak, negative=negative, **settings
-    )
+    _check_request(painter.networks.vocabulary, prompts, count, seed, negative=negative, **settings)
     tokens, settings = _read_tokens(painter, prompts, negative, settings)
     seeds = np.tile(seed + np.arange(count), len(prompts))
     images = painter.draw(np.repeat(tokens, count, axis=0), seeds, progress, on_step=on_step, **settings)
@@ -82,7 +79,7 @@ def between(
     """
     check_way([prompt], 1, seed, to_prompt, to_seed, frames)
     vocabulary = painter.networks.vocabulary
-    _check_request(vocabulary, [prompt], 1, seed, painter.weak, negative=negative, **settings)
+    _check_request(vocabulary, [prompt], 1, seed, negative=negative, **settings)
     if to_prompt is not None:
         vocabulary.check([to_prompt], "to_prompt")
     tokens, settings = _read_tokens(painter, [prompt], negative, settings)
@@ -106,14 +103,12 @@ def _read_tokens(painter, prompts, negative=None, settings=()):
     return encode(prompts)[0], {**dict(settings), **own}
 
 
-def _check_request(vocabulary, prompts, count, seed, weak=None, flag="", **settings):
+def _check_request(vocabulary, prompts, count, seed, flag="", **settings):
     """Refuses what cannot be drawn; `flag` goes before the names of settings in the message: "--", or nothing."""
     _check_prompts(vocabulary, prompts, count, seed)
     asked = Drawing(**settings)
     _check_steps(asked, flag)
-    if weak is not None:
-        _check_autoguidance(asked, flag)
-    elif vocabulary.is_unconditional:
+    if vocabulary.is_unconditional:
         _check_unguided(asked, flag)
     _check_guidance(asked, flag)
     if asked.negative is not None:
@@ -160,24 +155,10 @@ def _check_unguided(asked, flag):
         raise InputError(f"{flag}negative: received {asked.negative!r} {why}; expected none")
 
 
-def _check_autoguidance(asked, flag):
-    """Refuses what leads away from nothing, or from two."""
-    if asked.guidance == 1:
-        raise InputError(
-            f"{flag}weak: received with a guidance of 1, which is off and leads away from nothing; "
-            f"expected another {flag}guidance"
-        )
-    if asked.negative is not None:
-        raise InputError(
-            f"{flag}negative: received {asked.negative!r} with {flag}weak, which guidance leads away from instead; "
-            "expected one of the two"
-        )
-
-
 def _check_guidance(asked, flag):
     guidance, rescale, negative = asked.guidance, asked.rescale, asked.negative
-    if not np.isfinite(guidance):
-        raise InputError(f"guidance: received {guidance}, expected a finite number")
+    check_strength(f"{flag}guidance", guidance)
+    check_strength(f"{flag}autoguidance", asked.autoguidance)
     check_interval("--guidance-interval" if flag else "interval", asked.interval)
     if not 0 <= rescale <= 1:
         name = "--guidance-rescale" if flag else "rescale"
@@ -211,8 +192,8 @@ class Request(NamedTuple):
         sampler, spacing, steps, guidance, guidance_interval: the sampler, its times and their number, the strength of
             guidance and the times it acts at; None takes the run's.
         guidance_rescale, threshold, threshold_limit: see `Drawing`; None takes its defaults.
-        weak: share of the training, above 0 and below 1, of the model that guidance leads away from, see
-            `weak_networks`; None leads away from no text, or from the negative one.
+        autoguidance, weak: the strength of leading away from the run's own early weights, and the share of its
+            training, above 0 and below 1, after which it had them, see `with_weak`; None takes the run's.
         negative: a sentence that guidance leads away from, or None.
         init_image, mask: picture files, see `begun_with`, or None.
         strength: see `Drawing`; None is 1 with a mask, `STRENGTH` without.
@@ -233,6 +214,7 @@ class Request(NamedTuple):
     guidance: float | None = None
     guidance_interval: tuple[float, float] | None = None
     guidance_rescale: float | None = None
+    autoguidance: float | None = None
     weak: float | None = None
     negative: str | None = None
     init_image: str | Path | None = None
@@ -272,9 +254,11 @@ def write_pictures(run, *prompts, **flags):
     settings = _settings(asked, config)
     _check_texts(asked, texts, networks.vocabulary, settings)
     _warn_of_unknown(run, networks.vocabulary, [*texts, *filter(None, (asked.negative, asked.to_prompt))])
-    weak = None if asked.weak is None else weak_networks(RunFolder.read(run), networks, config, asked.weak)
-    painter = Painter(networks, config.image_size, asked.batch_size, weak)
-    written = {"run": run, **_written(settings, asked)}
+    if asked.weak is not None or asked.autoguidance not in (None, 1):
+        networks = with_weak(networks, config, asked.weak)
+    painter = Painter(networks, config.image_size, asked.batch_size)
+    share = config.evaluation.weak if asked.weak is None else asked.weak
+    written = {"run": run, **_written(settings, asked), **({"weak": share} if networks.weak else {})}
     previews = collections.defaultdict(list)
     settings |= {"progress": "drawing", "on_step": _collect(previews) if asked.show_steps else None}
     if asked.to_prompt is None and asked.to_seed is None:
@@ -293,10 +277,8 @@ def _check_shares(asked):
         raise InputError(
             f"--threshold-limit: received {asked.threshold_limit} without --threshold, expected both"
         )
-    if asked.weak is not None and not 0 < asked.weak < 1:
-        raise InputError(
-            f"--weak: received {asked.weak}, expected a share of the training, above 0 and below 1"
-        )
+    if asked.weak is not None:
+        check_weak("--weak", asked.weak)
 
 
 def _check_texts(asked, texts, vocabulary, settings):
@@ -304,14 +286,28 @@ def _check_texts(asked, texts, vocabulary, settings):
     check_way(
         texts, asked.count, asked.seed, asked.to_prompt, asked.to_seed, asked.frames, asked.gif, flag="--"
     )
-    _check_request(vocabulary, texts, asked.count, asked.seed, asked.weak, **settings, flag="--")
+    _check_request(vocabulary, texts, asked.count, asked.seed, **settings, flag="--")
+    if asked.weak is not None and settings["autoguidance"] == 1:
+        raise InputError(
+            f"--weak: received {asked.weak} with an autoguidance of 1, which is off and leads away from nothing; "
+            "expected another --autoguidance"
+        )
     if asked.to_prompt is not None:
         vocabulary.check([asked.to_prompt], "--to-prompt")
 
 
 def _settings(asked, config):
     """A request's keywords of `Painter.draw`; what it leaves open is the run's."""
-    own = ("sampler", "spacing", "steps", "guidance", "negative", "threshold", "threshold_limit")
+    own = (
+        "sampler",
+        "spacing",
+        "steps",
+        "guidance",
+        "autoguidance",
+        "negative",
+        "threshold",
+        "threshold_limit",
+    )
     given = {name: getattr(asked, name) for name in own}
     given |= {"interval": asked.guidance_interval, "rescale": asked.guidance_rescale}
     begun = begun_with(asked.init_image, asked.mask, asked.strength, config.image_size)
@@ -396,7 +392,7 @@ def _written(settings, asked):
     settings = {
         flags.get(name, name): value for name, value in settings.items() if name not in ("picture", "area")
     }
-    others = {name: getattr(asked, name) for name in ("weak", "init_image", "mask", "to_prompt", "to_seed")}
+    others = {name: getattr(asked, name) for name in ("init_image", "mask", "to_prompt", "to_seed")}
     return settings | {name: value for name, value in others.items() if value is not None}
 
 

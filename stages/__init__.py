@@ -13,6 +13,7 @@ from callbacks import Interrupted, Signals
 from checkpoint import RunFolder, assign, named_variables
 from evaluate import follows_captions, plot_curves
 from files import atomic_file
+from generate import lead_away
 from model.perceptual import FeatureNetwork
 from stages.autoencoder import trained_autoencoder
 from stages.data import prepared_data
@@ -75,7 +76,7 @@ def _train(config, run, data, strategy, signals):
     with _stage("diffusion"):
         trainer = trained_diffusion(config, run, data, vae, latents, features, text, strategy, signals)
     with _stage("pictures"):
-        _pictures(run, data, trainer)
+        _pictures(config, run, data, trainer)
 
 
 @contextlib.contextmanager
@@ -90,11 +91,13 @@ def _stage(name):
 # The end.
 
 
-def _pictures(run, data, trainer):
+def _pictures(config, run, data, trainer):
     best = run.best("diffusion")
     if best:  # the best averaged networks take the place of the last ones; the compiled painter stays
         for name in ("ema_unet", "ema_text_encoder"):
             assign(named_variables(trainer.networks[name]), best.tensors, name, source=run.path)
+        if trainer.painter.networks.weak:
+            lead_away(trainer.painter.networks, run, config.evaluation.weak, best.step)
     if data.has_probe:
         captions = data.vocabulary.decode(data.shown_tokens[:PROBED_CAPTIONS])
         _report_probe(run, follows_captions(trainer.painter, captions, **trainer.draw_settings))

@@ -5,7 +5,16 @@ from checkpoint import RunFolder, assign, named_variables
 from errors import InputError
 from evaluate import plot_sweep
 from files import atomic_file
-from generate import Painter, chosen_weights, drawing, load, rebuilt_average, snapshots_of, trained_weights
+from generate import (
+    Painter,
+    chosen_weights,
+    drawing,
+    lead_away,
+    load,
+    rebuilt_average,
+    snapshots_of,
+    trained_weights,
+)
 from metrics import KID
 from model.perceptual import FeatureNetwork
 from stages.data import prepared_data
@@ -42,10 +51,11 @@ def evaluate(path, ema_sweep=False, gpus="all") -> dict:
         measure = _Measurement(config, networks, data)
         protocol = protocol_of(config, measure.kid, len(data.validation_ids), len(measure.tokens))
         if ema_sweep:
-            run.write_json("ema_sweep.json", _swept(run, networks, measure) | {"protocol": protocol})
+            swept = _swept(config, run, networks, measure)
+            run.write_json("ema_sweep.json", swept | {"protocol": protocol})
         saved = chosen_weights(run)
         if ema_sweep:  # which has left the last length's
-            _assign(networks, saved.tensors, run)
+            _assign(config, run, networks, saved.tensors, saved.step)
         value = measure()
         _say("KID", value)
         weights = {"step": saved.step, "length": saved.state.get("length")}
@@ -79,15 +89,15 @@ class _Measurement:
         return self.painter.measure(self.kid, self.tokens, **self.drawing)
 
 
-def _swept(run, networks, measure):
+def _swept(config, run, networks, measure):
     """KID of every length; the best takes the place of the weights that draw if it is better than training's."""
-    saved = trained_weights(run)
-    _assign(networks, saved.tensors, run)
+    saved, last = trained_weights(run), snapshots_of(run)[-1]
+    _assign(config, run, networks, saved.tensors, saved.step)
     trained = measure()
     features, rows = measure.kid.features(), []
     _say("chosen in training", trained)
     for length in SWEPT_LENGTHS:
-        _assign(networks, saved.tensors | rebuilt_average(run, length), run)
+        _assign(config, run, networks, saved.tensors | rebuilt_average(run, length), last)
         value, difference = measure(), measure.kid.less(features)
         _say(f"length {length:.2f}", value)
         rows.append({"length": length, "kid": value._asdict(), "difference": difference._asdict()})
@@ -115,9 +125,11 @@ def _adopt(run, tensors, length):
     run.finish("diffusion", averaged, {"step": snapshots_of(run)[-1], "length": length})
 
 
-def _assign(networks, tensors, run):
+def _assign(config, run, networks, tensors, step):
     for name in ("unet", "text_encoder"):
         assign(named_variables(getattr(networks, name)), tensors, f"ema_{name}", source=run.path)
+    if networks.weak:
+        lead_away(networks, run, config.evaluation.weak, step)
 
 
 def _say(label, estimate):

@@ -39,7 +39,7 @@ def fit(trainer, keeper, batches_from, validation):
             keeper.set_model(trainer)
             epoch = keeper.step // keeper.steps_per_epoch - 1
             keeper.on_epoch_begin(epoch)
-            logs = trainer.evaluate(validation, return_dict=True, verbose=0)
+            logs = trainer.evaluate(validation, return_dict=True, verbose=0, callbacks=[keeper])
             keeper.on_epoch_end(epoch, {f"val_{name}": value for name, value in logs.items()})
         while keeper.step < total:
             epoch, done = divmod(keeper.step, keeper.steps_per_epoch)

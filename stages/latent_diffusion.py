@@ -14,7 +14,7 @@ from diffusion.schedule import Process
 from diffusion.times import training_times
 from errors import InputError
 from files import fingerprint
-from generate import Networks, chosen_weights, drawing, make_diffusion
+from generate import Networks, chosen_weights, drawing, lead_away, make_diffusion
 from metrics import Protocol
 from stages.fitting import fit, optimizer_of, steps_an_epoch
 from trainer import KID, LatentDiffusionTrainer
@@ -74,7 +74,7 @@ def trained_diffusion(config, run, data, vae, latents, features, text, strategy,
     with strategy.scope():
         trainer = _trainer(config, data, vae, features, text)
         trainer.compile(optimizer_of(trainer, stage, steps_per_epoch))
-    keeper.finish_row, keeper.choose = _judgement(config, run, data, trainer)
+    keeper.before_test, keeper.finish_row, keeper.choose = _judgement(config, run, data, trainer)
     stream = {
         "captions": data.captions,
         "vocabulary": data.vocabulary,
@@ -121,13 +121,20 @@ def _trainer(config, data, vae, features, text):
         offset_noise=config.training.offset_noise,
         input_perturbation=config.training.input_perturbation,
         power_averages=config.training.snapshots > 0,
+        weak=judge.autoguidance != 1,
     )
 
 
 def _judgement(config, run, data, trainer):
-    """What the `Keeper` asks at the end of an epoch: (`finish_row`, `choose`)."""
+    """What the `Keeper` asks at the end of an epoch: (`before_test`, `finish_row`, `choose`)."""
+    networks, judge = trainer.painter.networks, config.evaluation
     protocol = protocol_of(config, trainer.kid_metric, len(data.validation_ids), len(trainer.kid_tokens))
-    shown_tokens = data.shown_tokens[: config.evaluation.previews]
+    shown_tokens = data.shown_tokens[: judge.previews]
+    weak = {"weak_step": None}
+
+    def before_test(step):
+        if networks.weak:
+            weak["weak_step"] = lead_away(networks, run, judge.weak, step)
 
     def finish_row(epoch, row):
         trainer.plot_images(shown_tokens, run.sample_path(f"epoch_{epoch + 1:03d}.png"))
@@ -135,14 +142,14 @@ def _judgement(config, run, data, trainer):
             return {}
         estimate, floor = trainer.kid_metric.estimate(), trainer.kid_metric.floor()
         measured = {"val_kid_low": estimate.low, "val_kid_high": estimate.high, "val_kid_floor": floor.value}
-        return {**measured, "protocol": protocol}
+        return {**measured, **weak, "protocol": protocol}
 
     def choose(row):
         if "val_kid" not in row:
             return None
         return trainer.kid_metric.estimate(), {"protocol": protocol}
 
-    return finish_row, choose
+    return before_test, finish_row, choose
 
 
 def protocol_of(config, kid, n_real, n_generated) -> dict:
@@ -157,6 +164,8 @@ def protocol_of(config, kid, n_real, n_generated) -> dict:
         guidance=config.evaluation.guidance,
         guidance_from=config.evaluation.guidance_interval[0],
         guidance_to=config.evaluation.guidance_interval[1],
+        autoguidance=config.evaluation.autoguidance,
+        weak=config.evaluation.weak,
         ema=True,  # the averaged networks draw
         seed=0,
     ).to_dict()

@@ -38,7 +38,7 @@ DRAWN_CONFIG = Config(
     vae=VAEConfig(level_channels=(4, 4), blocks=(0, 0), latent_channels=2, groups=2),
     text_encoder=TextEncoderConfig(width=8, layers=1, heads=2),
     unet=UNetConfig((8,), (True,), blocks=0, head_channels=4, groups=4, ff_expansion=1, pooled_context=False),
-    evaluation=EvaluationConfig(sampler="unipc", spacing="logsnr-uniform"),
+    evaluation=EvaluationConfig(sampler="unipc", spacing="logsnr-uniform", autoguidance=1.0),
 )
 
 
@@ -53,7 +53,7 @@ def diffusion_tensors(networks, scale=1.0):
 
 def denoiser(networks, prompt):
     """`denoise` of a picture without guidance, by the networks themselves."""
-    _, text_encoder, unet, process, vocabulary = networks
+    _, text_encoder, unet, process, vocabulary, _ = networks
     tokens, mask = map(tf.constant, vocabulary.encode([prompt]))
     context = text_encoder([tokens, mask])
 

@@ -42,7 +42,7 @@ def test_the_figures_are_those_of_the_runs_pictures(finished, flowers, tmp_path,
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures == json.loads(capsys.readouterr().out)
     data = load_data(flowers)
-    settings = {"steps": 1, "guidance": 0.0, "interval": (0.3, 0.7)}
+    settings = {"steps": 1, "guidance": 0.0, "interval": (0.3, 0.7), "autoguidance": 1.5}
     settings |= {"sampler": "dpmpp-2m", "spacing": "trailing"}
     assert asked[0] == (data.vocabulary.decode(data.test_tokens[:5]), 1000, settings)
     held_out = [paper_flowers.HELD_OUT_PAIRS & pairs_of(caption) for caption in asked[1][0]]
@@ -108,16 +108,21 @@ def test_a_run_on_other_data_is_refused(finished, photographs, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
-    ("sampler", "steps", "guidance", "interval", "evaluations"),
+    ("sampler", "steps", "guidance", "interval", "autoguidance", "evaluations"),
     [
-        ("ddim", 4, 1.0, (0.0, 1.0), 4),
-        ("ddim", 4, 3.0, (0.0, 1.0), 8),
-        ("dpmpp-2m", 4, 3.0, (0.3, 0.8), 6),  # at times 1, 0.75, 0.5 and 0.25
-        ("heun", 4, 3.0, (0.0, 1.0), 14),
+        ("ddim", 4, 1.0, (0.0, 1.0), 1.0, 4),
+        ("ddim", 4, 3.0, (0.0, 1.0), 1.0, 8),
+        ("ddim", 4, 1.0, (0.0, 1.0), 2.0, 8),
+        ("dpmpp-2m", 4, 3.0, (0.3, 0.8), 1.0, 6),  # at times 1, 0.75, 0.5 and 0.25
+        ("dpmpp-2m", 4, 3.0, (0.3, 0.8), 2.0, 10),
+        ("heun", 4, 3.0, (0.0, 1.0), 1.0, 14),
     ],
 )
-def test_evaluations_count_twice_where_guidance_acts(sampler, steps, guidance, interval, evaluations):
+def test_evaluations_count_twice_where_guidance_acts(
+    sampler, steps, guidance, interval, autoguidance, evaluations
+):
     settings = {"steps": steps, "guidance": guidance, "interval": interval, "spacing": "uniform"}
+    settings["autoguidance"] = autoguidance
     assert samplers.asked(Process(), sampler, settings) == pytest.approx(evaluations)
 
 

@@ -228,6 +228,13 @@ def test_kid_is_due_every_so_many_epochs_and_at_both_ends(run, trainer):
     assert due == [True, True, False, True, True]
 
 
+def test_what_comes_before_a_test_is_told_the_step(run, trainer):
+    keeper, steps = keeper_of(run), []
+    keeper.before_test = steps.append
+    fit(trainer, keeper, 3)
+    assert steps == [2, 4, 6]
+
+
 # What the console shows.
 
 

@@ -41,6 +41,7 @@ def trainer(light_networks):
         draw={"steps": 1, "guidance": 2.0},
     )
     rate = warmup_cosine(0.01, EPOCHS * STEPS, warmup_steps=2)
+    trainer.tested_at = []
     trainer.compile(adamw(trainer.trained_variables, learning_rate=rate, weight_decay=0.1, clip_norm=1.0))
     return trainer
 
@@ -100,6 +101,7 @@ def work(trainer, folder, stop=None):
         trainer.kid_metric.feature_network.visited = keeper.in_validation
         keeper.finish_row = lambda epoch, row: interval(trainer.kid_metric)
         keeper.choose = lambda row: (trainer.kid_metric.estimate(), {"protocol": {"network": "colours"}})
+        keeper.before_test = lambda step: trainer.tested_at.append(step)
         keeper.stop = stop
         try:
             fit(
@@ -148,12 +150,14 @@ def test_a_stopped_and_resumed_training_equals_one_that_was_not(
     for variable, value in zip(state(trainer), first_state, strict=True):
         variable.assign(value)
     for stop in stops:
+        trainer.tested_at = []
         assert not work(trainer, tmp_path / "run", stop)
         forget(trainer)
     assert work(trainer, tmp_path / "run")
     values, rows, best, _ = straight
     for variable, value in zip(state(trainer), values, strict=True):
         np.testing.assert_array_equal(variable, value, err_msg=variable.path)
+    assert trainer.tested_at[-1] == EPOCHS * STEPS  # also where nothing but the epoch's end was left
     run = RunFolder.read(tmp_path / "run")
     assert without_seconds(run.rows()) == without_seconds(rows)
     assert [row["epoch"] for row in rows] == [1, 2]

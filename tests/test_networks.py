@@ -9,7 +9,7 @@ import averages
 from checkpoint import RunFolder, collect, named_variables
 from config import to_dict
 from errors import InputError
-from generate import load, rebuilt_average
+from generate import lead_away, load, rebuilt_average
 from input_pipeline import Vocabulary
 from tests.drawings import DRAWN_CONFIG, diffusion_tensors
 
@@ -72,6 +72,21 @@ def kept_averages(step, shape=(2, 3)):
 
 
 @pytest.fixture
+def run_of_networks(tmp_path, networks):
+    """A run whose averages at a step are a thousandth of it of the networks."""
+    with RunFolder.open(tmp_path / "networks", to_dict(DRAWN_CONFIG)) as run:
+        for step in (400, 800, 1200):
+            tensors = {
+                f"average/{length}/{name.removeprefix('ema_')}": tensor
+                for length in averages.LENGTHS
+                for name, tensor in diffusion_tensors(networks, step / 1000).items()
+                if name.startswith("ema_")
+            }
+            run.save_average("diffusion", step, tensors)
+    return RunFolder.read(tmp_path / "networks")
+
+
+@pytest.fixture
 def run_of_averages(tmp_path):
     with RunFolder.open(tmp_path / "run", to_dict(DRAWN_CONFIG)) as run:
         for step in (400, 800, 1200):
@@ -112,3 +127,25 @@ def test_what_an_evaluation_has_settled_on_draws(tmp_path, networks):
         run.finish("diffusion", diffusion_tensors(networks, 0.25), {})
     for weight, value in zip(load(tmp_path / "run")[0].unet.weights, networks.unet.weights, strict=True):
         np.testing.assert_allclose(weight, 0.25 * np.asarray(value))
+
+
+@pytest.mark.parametrize(
+    ("step", "share", "expected"), [(1200, 0.25, 400), (1200, 0.6, 800), (1201, 0.9, 1200)]
+)
+def test_networks_are_led_away_from_the_nearest_average_before_them(
+    run_of_networks, networks, toy_networks, step, share, expected
+):
+    own = networks._replace(weak=toy_networks(5))
+    assert lead_away(own, run_of_networks, share, step) == expected
+    for name in ("unet", "text_encoder"):
+        for weight, weak in zip(getattr(own, name).weights, getattr(own.weak, name).weights, strict=True):
+            np.testing.assert_allclose(weak, expected / 1000 * np.asarray(weight), rtol=2e-3, atol=1e-6)
+
+
+def test_before_there_is_an_average_networks_are_led_away_from_themselves(
+    run_of_networks, networks, toy_networks
+):
+    own = networks._replace(weak=toy_networks(5))
+    assert lead_away(own, run_of_networks, 0.25, 400) is None
+    for weight, weak in zip(own.unet.weights, own.weak.unet.weights, strict=True):
+        np.testing.assert_array_equal(weak, weight)

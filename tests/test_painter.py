@@ -86,7 +86,7 @@ def test_the_compiled_painter_is_ddim_with_guidance_by_hand(
     networks, painter, guidance, interval, negative, rescale
 ):
     # Song et al. 2021, equation 12 with eta = 0; Ho & Salimans 2022, equation 6; Lin et al. 2023, equations 14 to 16.
-    vae, text_encoder, unet, process, vocabulary = networks
+    vae, text_encoder, unet, process, vocabulary, _ = networks
     tokens, mask = vocabulary.encode(PROMPTS[:1])
     texts = [(tokens, mask), (vocabulary.empty()[None], vocabulary.mask(vocabulary.empty()[None]))]
     if negative:
@@ -122,28 +122,44 @@ def test_a_negative_prompt_is_led_away_from(painter):
     np.testing.assert_allclose(negative[1], conditional[0], atol=1)
 
 
-@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.7)])
-def test_autoguidance_leads_away_from_a_weaker_model_of_the_same_prompt(networks, toy_networks, interval):
-    weak = toy_networks(5)._replace(vae=networks.vae)
+@pytest.fixture
+def with_weak_ones(networks, toy_networks):
+    """The networks with others to lead away from."""
+    return networks._replace(weak=toy_networks(5)._replace(vae=networks.vae))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_autoguidance_leads_away_from_a_weaker_model_of_the_same_prompt(with_weak_ones, guidance):
+    networks, interval = with_weak_ones, (0.3, 0.7)
     times = sampling_times(networks.process, STEPS)
-    own, other = denoiser(networks, PROMPTS[0]), denoiser(weak, PROMPTS[0])
+    own, nothing = denoiser(networks, PROMPTS[0]), denoiser(networks, "")
+    weak = denoiser(networks.weak, PROMPTS[0])
 
     def led(x, t):
-        away = other(x, t) + 3.0 * (own(x, t) - other(x, t))
-        return away if interval[0] <= float(t) <= interval[1] else own(x, t)
+        strength = guidance if interval[0] <= float(t) <= interval[1] else 1.0
+        guided = nothing(x, t) + strength * (own(x, t) - nothing(x, t))
+        return weak(x, t) + 3.0 * (guided - weak(x, t))
 
     expected = by_hand(networks, "ddim", times, 4, led)
-    settings = {"seed": 4, "sampler": "ddim", "guidance": 3.0, "interval": interval}
-    (received,) = images(drawn(Painter(networks, 16, weak=weak), PROMPTS[:1], **settings))
+    settings = {"seed": 4, "sampler": "ddim", "guidance": guidance, "interval": interval}
+    (received,) = images(drawn(Painter(networks, 16), PROMPTS[:1], **settings, autoguidance=3.0))
     np.testing.assert_allclose(received, expected, atol=1)
     (plain,) = images(drawn(Painter(networks, 16), PROMPTS[:1], **settings))
     assert np.abs(plain - received).max() > 3
 
 
-def test_frames_can_be_led_away_from_a_weaker_model(networks, toy_networks):
-    painter = Painter(networks, 16, weak=toy_networks(5)._replace(vae=networks.vae))
-    frames = on_the_way(painter, **ENDS, seed=5)
-    np.testing.assert_allclose(frames[[0, -1]], images(drawn(painter, PROMPTS[:2], seed=5)), atol=1)
+def test_without_a_weaker_model_autoguidance_multiplies_what_guidance_adds(networks):
+    settings = {"seed": 4, "sampler": "ddim", "interval": (0.3, 0.7)}
+    away = images(drawn(Painter(networks, 16), PROMPTS[:1], **settings, guidance=2.5, autoguidance=2.0))
+    stronger = images(drawn(Painter(networks, 16), PROMPTS[:1], **settings, guidance=4.0))
+    np.testing.assert_allclose(away, stronger, atol=1)
+
+
+def test_frames_can_be_led_away_from_a_weaker_model(with_weak_ones):
+    painter = Painter(with_weak_ones, 16)
+    frames = on_the_way(painter, **ENDS, seed=5, autoguidance=2.0)
+    ends = images(drawn(painter, PROMPTS[:2], seed=5, autoguidance=2.0))
+    np.testing.assert_allclose(frames[[0, -1]], ends, atol=1)
 
 
 def test_one_trace_serves_every_batch_and_number_of_steps(networks):
@@ -262,7 +278,7 @@ def test_strength_1_takes_nothing_of_the_picture(painter):
 
 def test_drawing_from_a_picture_is_the_last_steps_from_its_latents(networks, painter):
     # Meng et al. 2022: x at the first time left is the picture's latents with that time's noise; then DDIM.
-    vae, text_encoder, unet, process, vocabulary = networks
+    vae, text_encoder, unet, process, vocabulary, _ = networks
     tokens, mask = map(tf.constant, vocabulary.encode(PROMPTS[:1]))
     context, noise = text_encoder([tokens, mask]), np.asarray(noise_of(np.array([9]), (8, 8, 2)))
     latents = np.asarray(vae.encode(tf.constant(some_picture()[None] / np.float32(127.5) - 1))[0])

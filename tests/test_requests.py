@@ -1,5 +1,6 @@
 """Requests are checked before anything is drawn, and every picture is a file that says what it is."""
 
+import json
 import math
 import os
 import shutil
@@ -103,6 +104,7 @@ def test_every_picture_is_a_png_that_says_what_it_is(run_path, painter, tmp_path
                 "spacing": "karras",
                 "steps": "3",
                 "guidance": "2.0",
+                "autoguidance": "1.0",
                 "guidance_interval": "(0.0, 0.5)",
                 "run": str(run_path),
             }
@@ -160,6 +162,7 @@ def run_with_averages(tmp_path, run_path, networks):
     """`run_path`, whose networks had half their weights after half of the training."""
     shutil.copytree(run_path, tmp_path / "run")
     with RunFolder.open(tmp_path / "run", to_dict(DRAWN_CONFIG)) as run:
+        run.save_best("diffusion", 0.01, 0.005, 0.015, diffusion_tensors(networks), {"step": 800})
         for step, scale in ((400, 0.5), (800, 1.0)):
             kept = diffusion_tensors(networks, scale)
             run.save_average(
@@ -175,20 +178,28 @@ def run_with_averages(tmp_path, run_path, networks):
     return tmp_path / "run"
 
 
+@pytest.mark.parametrize("is_asked", [True, False])
 def test_the_weak_model_is_the_run_s_own_of_that_share_of_its_training(
-    run_with_averages, networks, toy_networks
+    run_with_averages, networks, toy_networks, is_asked
 ):
     early = toy_networks()
     for own, weak in ((networks.unet, early.unet), (networks.text_encoder, early.text_encoder)):
         weak.set_weights([0.5 * value for value in own.get_weights()])
     settings = {"steps": STEPS, "guidance": 3.0, "sampler": "ddim", "spacing": "uniform"}
-    out = run_with_averages / "pictures"
-    (path,) = write_pictures(run_with_averages, PROMPTS[:1], **settings, out=out, weak=0.4)
+    out, asked = run_with_averages / "pictures", {"autoguidance": 2.5, "weak": 0.4}
+    if not is_asked:  # but trained so
+        file = run_with_averages / "config.json"
+        config = json.loads(file.read_text())
+        config["evaluation"] |= asked
+        file.write_text(json.dumps(config))
+    (path,) = write_pictures(
+        run_with_averages, PROMPTS[:1], **settings, out=out, **(asked if is_asked else {})
+    )
     interval = DRAWN_CONFIG.evaluation.guidance_interval
-    painter = Painter(networks, 16, weak=early._replace(vae=networks.vae))
-    (expected,) = drawn(painter, PROMPTS[:1], **settings, interval=interval)
+    painter = Painter(networks._replace(weak=early._replace(vae=networks.vae)), 16)
+    (expected,) = drawn(painter, PROMPTS[:1], **settings, interval=interval, autoguidance=2.5)
     with Image.open(path) as file:
-        assert file.text["weak"] == "0.4"
+        assert (file.text["weak"], file.text["autoguidance"]) == ("0.4", "2.5")
         np.testing.assert_allclose(np.asarray(file).astype(int), expected.image, atol=3)  # kept in 16 bits
 
 
@@ -198,16 +209,13 @@ def test_the_weak_model_is_the_run_s_own_of_that_share_of_its_training(
         ({"weak": 1.0}, "--weak: received 1.0, expected a share of the training, above 0 and below 1"),
         ({"weak": math.nan}, "--weak: received nan, expected a share of the training, above 0 and below 1"),
         (
-            {"weak": 0.5, "guidance": 1},
-            "--weak: received with a guidance of 1, which is off and leads away from nothing; "
-            "expected another --guidance",
+            {"weak": 0.5, "autoguidance": 1},
+            "--weak: received 0.5 with an autoguidance of 1, which is off and leads away from nothing; "
+            "expected another --autoguidance",
         ),
+        ({"autoguidance": math.inf}, "--autoguidance: received inf, expected a finite number"),
         (
-            {"weak": 0.5, "guidance": 2, "negative": "red"},
-            "--negative: received 'red' with --weak, which guidance leads away from instead; expected one of the two",
-        ),
-        (
-            {"weak": 0.5, "guidance": 2},
+            {"autoguidance": 2},
             "received a run without averages, expected one trained with --training.snapshots above 0, "
             "and for longer than to the first of them",
         ),
@@ -300,7 +308,7 @@ def test_how_pictures_are_drawn_defaults_to_the_runs(run_path, tmp_path):
             {"spacing": "leading", "steps": 1001},
             "--steps: received 1001 with --spacing leading, expected at most",
         ),
-        ({"guidance": math.nan}, "guidance: received nan"),
+        ({"guidance": math.nan}, "--guidance: received nan"),
         ({"guidance_rescale": 1.2}, "--guidance-rescale: received 1.2, expected 0 to 1"),
         ({"threshold": 95.0}, "--threshold: received 95.0, expected more than 0 and less than 1"),
         ({"threshold_limit": 2.0}, "--threshold-limit: received 2.0 without --threshold, expected both"),

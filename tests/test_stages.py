@@ -78,7 +78,11 @@ def test_the_log_has_a_row_an_epoch_with_its_protocol(finished):
     common = {"stage", "epoch", "step", "loss", "val_loss", "learning_rate", "seconds", "best"}
     parts = {f"{val}{name}_loss" for val in ("", "val_") for name in ("recon", "kl", "perceptual")}
     assert rows[0].keys() == common | parts | {"val_psnr", "val_psnr_low", "val_psnr_high"}
-    measured = {"val_kid", "val_kid_low", "val_kid_high", "val_kid_floor", "protocol"}
+    measured = {"val_kid", "val_kid_low", "val_kid_high", "val_kid_floor", "weak_step", "protocol"}
+    assert [row["weak_step"] for row in rows[2:4]] == [
+        None,
+        4,
+    ]  # the first epoch's pictures had none to lead away from
     for row in rows[2:4]:
         assert row.keys() == common | measured
         assert row["val_kid_low"] < row["val_kid"] < row["val_kid_high"]
@@ -96,6 +100,8 @@ def test_the_log_has_a_row_an_epoch_with_its_protocol(finished):
             "guidance": 2.0,
             "guidance_from": 0.3,
             "guidance_to": 0.7,
+            "autoguidance": 1.5,
+            "weak": 0.5,
             "ema": True,
             "seed": 0,
         }

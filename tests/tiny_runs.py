@@ -45,6 +45,8 @@ TINY = {
     "evaluation.spacing": "trailing",
     "evaluation.steps": 2,
     "evaluation.guidance": 2.0,
+    "evaluation.autoguidance": 1.5,
+    "evaluation.weak": 0.5,
     "evaluation.images": 6,
     "evaluation.every": 1,
     "evaluation.previews": 4,
