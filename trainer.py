@@ -190,7 +190,6 @@ class LatentDiffusionTrainer(_Trainer):
         input_perturbation: strength of its `input_noise` (B, h, w, C) in what the U-Net sees of that noise; see
             `diffusion.targets.perturbed` for both.
         power_averages: whether `fit` also keeps the averages from which `averages` rebuilds any other.
-        weak: whether its painter has weak networks, with the same weights until `generate.lead_away` gives them others.
 
     Batches are those of `input_pipeline.latent_batches`: `latents`, `noise` (B, h, w, C), `diffusion_times` (B,),
     `tokens` (B, T) or `context` (B, T, D), `mask` (B, T), and the two noises above where their strengths are not 0.
@@ -211,7 +210,6 @@ class LatentDiffusionTrainer(_Trainer):
         offset_noise=0.0,
         input_perturbation=0.0,
         power_averages=False,
-        weak=False,
     ):
         super().__init__("latent_diffusion_trainer", micro_batches)
         self.unet, self.text_encoder = networks.unet, networks.text_encoder
@@ -219,10 +217,6 @@ class LatentDiffusionTrainer(_Trainer):
         self.ema_unet, self.ema_text_encoder = _copy(self.unet), _copy(self.text_encoder)
         self.log_variance = LogVariance() if self.process.weight == "uncertainty" else None
         averaged = networks._replace(unet=self.ema_unet, text_encoder=self.ema_text_encoder)
-        if weak:
-            averaged = averaged._replace(
-                weak=averaged._replace(unet=_copy(self.unet), text_encoder=_copy(self.text_encoder))
-            )
         self.painter = Painter(averaged, image_size, draw_batch)
         self.kid_metric, self.kid_images, self.kid_tokens = kid, kid_images, kid_tokens
         self.draw_settings = draw or {}
@@ -358,13 +352,12 @@ class PowerAverages:
             for length, kept in zip(averages.LENGTHS, self._kept, strict=True)
             for (name, _), variable in zip(named, kept, strict=True)
         ]
-        self._move = tf.function(self._moved)
+        self._move = tf.function(self._moved, autograph=False)
 
     def update(self, step):
         """Moves the averages towards the weights that they have at `step`, a multiple of `averages.EVERY`."""
         self._move(tf.constant([averages.share(step, exponent) for exponent in self._exponents], "float32"))
 
-    @tf.autograph.experimental.do_not_convert
     def _moved(self, shares):
         for kept, share in zip(self._kept, tf.unstack(shares), strict=True):
             for average, weight in zip(kept, self._weights, strict=True):
@@ -395,7 +388,7 @@ def reconstruct(vae, images, batch_size=32):
     return np.concatenate([np.asarray(part) for part in parts])
 
 
-@tf.function(reduce_retracing=True)
+@tf.function(reduce_retracing=True, autograph=False)
 def _there_and_back(vae, pixels):  # not within `reconstruct`, where every call would trace it anew
     def rebuild(pixels):
         return to_images(vae.decode(vae.encode(pixels)[0]))

@@ -114,29 +114,28 @@ def with_weak(networks: Networks, config: Config, share=None) -> Networks:
             f"{run.path}: received a run whose first averages are of step {earliest}, expected some from before "
             f"step {step}, whose weights draw"
         )
-    unet, text_encoder = make_diffusion(config, networks.vocabulary)
-    networks = networks._replace(weak=networks._replace(unet=unet, text_encoder=text_encoder, weak=None))
-    lead_away(networks, run, share, step)
-    return networks
+    return led_away(networks, run, share, step)[0]
 
 
-def lead_away(networks: Networks, run: RunFolder, share, step) -> int | None:
-    """Gives the weak networks the weights that the networks, with those of `step`, are to be led away from.
+def led_away(networks: Networks, run: RunFolder, share, step) -> tuple[Networks, int | None]:
+    """Networks with weaker ones, that have the weights which those of `step` are to be led away from.
 
     These are the run's own average of `averages.LENGTHS[-1]` of about `share` of the step, as far as it was kept; or,
     before there is any, the networks' own weights, from which nothing leads away.
 
     Args:
-        networks: with weak ones.
+        networks: whose weak ones get the weights; new ones are made where they have none.
         run: the run's folder.
         share: above 0 and below 1.
         step: of the networks' weights.
 
     Returns:
-        The average's step, or None.
+        (`networks` themselves or with the new weak ones, the average's step or None).
     """
-    names = ("unet", "text_encoder")
-    tensors = {}
+    names, tensors = ("unet", "text_encoder"), {}
+    if networks.weak is None:
+        made = {name: _like(getattr(networks, name)) for name in names}
+        networks = networks._replace(weak=networks._replace(**made))
     for name in names:
         tensors |= collect(named_variables(getattr(networks, name)), f"ema_{name}")
     early = [kept for kept in run.average_steps("diffusion") if kept < step]
@@ -145,7 +144,12 @@ def lead_away(networks: Networks, run: RunFolder, share, step) -> int | None:
         tensors |= rebuilt_average(run, averages.LENGTHS[-1], nearest)
     for name in names:
         assign(named_variables(getattr(networks.weak, name)), tensors, f"ema_{name}", source=run.path)
-    return nearest
+    return networks, nearest
+
+
+def _like(network):
+    """A network of the same shape with weights of its own."""
+    return type(network).from_config(network.get_config())
 
 
 def rebuilt_average(run: RunFolder, length, step=None) -> dict[str, np.ndarray]:

@@ -123,7 +123,7 @@ class Painter:
     """
 
     def __init__(self, networks, image_size, batch_size=16):
-        self.networks, self.batch_size = networks, batch_size
+        self._networks, self.batch_size = networks, batch_size
         self.image_size, self.latent_shape = image_size, networks.vae.latent_shape(image_size)
         length, spec = networks.vocabulary.length, tf.TensorSpec
         text = spec([None, length], tf.int32), spec([None, length], tf.bool)
@@ -138,8 +138,18 @@ class Painter:
         self._compiled = {}
         # Traced once, for all kinds of drawing, also step by step.
         self._latents, self._times = spec([None, *self.latent_shape], tf.float32), times
-        self._decoded = tf.function(self._decode, input_signature=[self._latents])
-        self._denoised = {}  # by the U-Net
+        self._decoded = tf.function(self._decode, input_signature=[self._latents], autograph=False)
+        self._denoised = {}  # by the U-Net's settings
+
+    @property
+    def networks(self):
+        """The `Networks` that draw. Every sampler is compiled anew for other ones, but not for other weights."""
+        return self._networks
+
+    @networks.setter
+    def networks(self, networks):
+        if networks is not self._networks:
+            self._networks, self._compiled = networks, {}
 
     def draw(self, tokens, seeds, progress=None, way=None, on_step=None, **settings):
         """Draws one picture a row, lazily.
@@ -216,7 +226,7 @@ class Painter:
                 for specs, names in ((self._row_specs, kind.rows), (self._shared_specs, kind.shared))
             ]
             draw = functools.partial(self._draw, kind=kind)
-            self._compiled[kind] = tf.function(draw, input_signature=signature)
+            self._compiled[kind] = tf.function(draw, input_signature=signature, autograph=False)
         return self._compiled[kind]
 
     def _predict(self, unet, x, t, weights, text):
@@ -230,16 +240,17 @@ class Painter:
         return process.denoised(predicted, x, t)
 
     def _ask(self, unet, x, t, weights, text):
-        """`_predict` at one time, in the one graph of it."""
-        if id(unet) not in self._denoised:
+        """`_predict` at one time, in the one graph of it, which all U-Nets of one shape share."""
+        shape = repr(unet.get_config())
+        if shape not in self._denoised:
             specs = tf.nest.map_structure(
                 lambda part: tf.TensorSpec([None, *part.shape[1:]], part.dtype), text
             )
             weight_specs = [tf.TensorSpec(weight.shape, weight.dtype) for weight in weights]
             predict = functools.partial(self._predict, unet)
             signature = [self._latents, self._times, weight_specs, specs]
-            self._denoised[id(unet)] = tf.function(predict, input_signature=signature)
-        return self._denoised[id(unet)](x, ops.broadcast_to(t, ops.shape(x)[:1]), weights, text)
+            self._denoised[shape] = tf.function(predict, input_signature=signature, autograph=False)
+        return self._denoised[shape](x, ops.broadcast_to(t, ops.shape(x)[:1]), weights, text)
 
     def _decode(self, latents):
         return to_images(self.networks.vae.decode(latents))

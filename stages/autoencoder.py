@@ -91,7 +91,7 @@ def _train_autoencoder(config, run, data, vae, strategy, signals):
 def _latent_statistics(vae, data, config):
     """Mean and standard deviation (C,) of raw posterior samples, over training pictures."""
     ids = data.train_ids[:LATENT_STATISTICS_FROM]
-    raw_moments = tf.function(vae.raw_moments)
+    raw_moments = tf.function(vae.raw_moments, autograph=False)
     means, variances = [], []
     for chunk in np.array_split(ids, max(1, len(ids) // 64)):
         pixels = data.whole(chunk, config.image_size).astype("float32") / 127.5 - 1.0

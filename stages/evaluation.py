@@ -9,7 +9,7 @@ from generate import (
     Painter,
     chosen_weights,
     drawing,
-    lead_away,
+    led_away,
     load,
     rebuilt_average,
     snapshots_of,
@@ -129,7 +129,7 @@ def _assign(config, run, networks, tensors, step):
     for name in ("unet", "text_encoder"):
         assign(named_variables(getattr(networks, name)), tensors, f"ema_{name}", source=run.path)
     if networks.weak:
-        lead_away(networks, run, config.evaluation.weak, step)
+        led_away(networks, run, config.evaluation.weak, step)
 
 
 def _say(label, estimate):

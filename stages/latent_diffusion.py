@@ -14,7 +14,7 @@ from diffusion.schedule import Process
 from diffusion.times import training_times
 from errors import InputError
 from files import fingerprint
-from generate import Networks, chosen_weights, drawing, lead_away, make_diffusion
+from generate import Networks, chosen_weights, drawing, led_away, make_diffusion
 from metrics import Protocol
 from stages.fitting import fit, optimizer_of, steps_an_epoch
 from trainer import KID, LatentDiffusionTrainer
@@ -25,7 +25,7 @@ def latents_of(config, run, data, vae):
 
     latent_shape = vae.latent_shape(config.image_size)
 
-    @tf.function
+    @tf.function(autograph=False)
     def encode(pixels):
         moments = parallel.joined(
             lambda pixels: tf.concat(vae.encode(pixels), -1),
@@ -121,20 +121,20 @@ def _trainer(config, data, vae, features, text):
         offset_noise=config.training.offset_noise,
         input_perturbation=config.training.input_perturbation,
         power_averages=config.training.snapshots > 0,
-        weak=judge.autoguidance != 1,
     )
 
 
 def _judgement(config, run, data, trainer):
     """What the `Keeper` asks at the end of an epoch: (`before_test`, `finish_row`, `choose`)."""
-    networks, judge = trainer.painter.networks, config.evaluation
+    judge = config.evaluation
     protocol = protocol_of(config, trainer.kid_metric, len(data.validation_ids), len(trainer.kid_tokens))
     shown_tokens = data.shown_tokens[: judge.previews]
     weak = {"weak_step": None}
 
     def before_test(step):
-        if networks.weak:
-            weak["weak_step"] = lead_away(networks, run, judge.weak, step)
+        if judge.autoguidance != 1:
+            painter = trainer.painter
+            painter.networks, weak["weak_step"] = led_away(painter.networks, run, judge.weak, step)
 
     def finish_row(epoch, row):
         trainer.plot_images(shown_tokens, run.sample_path(f"epoch_{epoch + 1:03d}.png"))
@@ -194,7 +194,7 @@ def text_encoder_from(config, vocabulary):
 def _text_context(run, data, text_encoder):
     """The embeddings of all captions by the frozen text encoder, computed once."""
 
-    @tf.function
+    @tf.function(autograph=False)
     def encode(tokens, mask):
         return text_encoder([tokens, mask])
 

@@ -9,7 +9,7 @@ import averages
 from checkpoint import RunFolder, collect, named_variables
 from config import to_dict
 from errors import InputError
-from generate import lead_away, load, rebuilt_average
+from generate import led_away, load, rebuilt_average
 from input_pipeline import Vocabulary
 from tests.drawings import DRAWN_CONFIG, diffusion_tensors
 
@@ -136,16 +136,17 @@ def test_networks_are_led_away_from_the_nearest_average_before_them(
     run_of_networks, networks, toy_networks, step, share, expected
 ):
     own = networks._replace(weak=toy_networks(5))
-    assert lead_away(own, run_of_networks, share, step) == expected
+    led, kept = led_away(own, run_of_networks, share, step)
+    assert led is own
+    assert kept == expected
     for name in ("unet", "text_encoder"):
         for weight, weak in zip(getattr(own, name).weights, getattr(own.weak, name).weights, strict=True):
             np.testing.assert_allclose(weak, expected / 1000 * np.asarray(weight), rtol=2e-3, atol=1e-6)
 
 
-def test_before_there_is_an_average_networks_are_led_away_from_themselves(
-    run_of_networks, networks, toy_networks
-):
-    own = networks._replace(weak=toy_networks(5))
-    assert lead_away(own, run_of_networks, 0.25, 400) is None
+def test_before_there_is_an_average_networks_are_led_away_from_themselves(run_of_networks, networks):
+    own, kept = led_away(networks, run_of_networks, 0.25, 400)
+    assert kept is None
+    assert own._replace(weak=None) == networks
     for weight, weak in zip(own.unet.weights, own.weak.unet.weights, strict=True):
         np.testing.assert_array_equal(weak, weight)
