@@ -79,7 +79,7 @@ class VAETrainingConfig:
     """How the autoencoder is trained (`trainer.VAETrainer`)."""
 
     epochs: int = 4  # rounds of `steps_per_epoch`
-    steps_per_epoch: int | None = 300  # None: one pass over the training pictures
+    steps_per_epoch: int | None = 250  # None: one pass over the training pictures
     batch_size: int = 8  # pictures a step, over all devices
     micro_batches: int | None = None  # parts of a batch with gradients added up; None: 2 on a CPU, 1 on GPUs
     optimizer: str = "muon"  # adamw or muon; their learning rates differ
@@ -131,7 +131,7 @@ class EvaluationConfig:
     sampler: str = "dpmpp-2m"
     spacing: str = "uniform"  # of the sampler's times: uniform, leading, trailing, karras or logsnr-uniform
     steps: int = 8  # sampler steps
-    guidance: float = 2.5  # strength of classifier-free guidance; 1 is off
+    guidance: float = 3.0  # strength of classifier-free guidance; 1 is off
     guidance_interval: tuple[float, float] = (0.3, 0.7)  # least and most diffusion time to guide at
     autoguidance: float = 2.0  # strength of leading away from the run's own early weights; 1 is off
     weak: float = 0.25  # share of the training so far after which it had those

@@ -6,6 +6,7 @@ preprocessing is inside it, and no weight is trainable.
 
 import contextlib
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 
 import h5py
 import keras
@@ -24,6 +25,8 @@ _LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77d
 _LITE0_STAGES = ((1, 1, 1), (2, 2, 6), (2, 2, 6), (3, 2, 6), (3, 1, 6), (4, 2, 6), (1, 1, 6))
 _BATCH_NORM_EPSILON = 1e-3
 RESIZE_FILTER = "antialiased bilinear"
+# Batches side by side: the small operations of one leave half of two cores idle.
+AT_ONCE = 2
 
 
 def resize(pixels, size):
@@ -250,7 +253,7 @@ class FeatureNetwork:
         InputError: unknown name, a size that the network does not take, weights that cannot be had.
     """
 
-    def __init__(self, name="efficientnet_lite0", size=224, weights=None, batch_size=32):
+    def __init__(self, name="efficientnet_lite0", size=224, weights=None, batch_size=16):
         self.model = _feature_model(name, size, weights)
         # On a CPU, XLA is far slower than the plain graph of TensorFlow; JAX has nothing but XLA.
         self.model.jit_compile = keras.backend.backend() == "jax"
@@ -281,10 +284,17 @@ class FeatureNetwork:
             ValueError: `images` has another dtype or shape.
         """
         images = _checked_images(images)
-        starts = range(0, len(images), self.batch_size)
-        bar = tqdm(starts, desc="features", unit="batch", disable=None if progress else True)
-        batches = [self._batch(images[start : start + self.batch_size]) for start in bar]
-        return np.concatenate(batches) if batches else np.empty((0, self.dimension), "float32")
+        if not len(images):
+            return np.empty((0, self.dimension), "float32")
+        cut = [images[start : start + self.batch_size] for start in range(0, len(images), self.batch_size)]
+        bar = tqdm(total=len(cut), desc="features", unit="batch", disable=None if progress else True)
+        with bar, ThreadPoolExecutor(AT_ONCE) as threads:
+            batches = [self._batch(cut[0])]  # alone, as it makes the graph
+            bar.update()
+            for batch in threads.map(self._batch, cut[1:]):
+                batches.append(batch)
+                bar.update()
+        return np.concatenate(batches)
 
     def _batch(self, images):
         # A constant batch shape: the graph is traced once.
