@@ -43,7 +43,7 @@ class Protocol:
     guidance_from: float  # least diffusion time of guidance
     guidance_to: float  # and most
     autoguidance: float
-    weak: float  # the share of the training after which the weak model had been kept
+    weak: float  # the share of the training that the weak model was asked to be of
     ema: bool  # whether the averaged network drew
     seed: int
 

@@ -9,7 +9,8 @@ UNDECAYED = ("bias", "gamma", "beta", "embeddings")
 FINAL_LEARNING_RATE = 0.01  # of the peak, at the end of the cosine decay
 # Newton-Schulz, x -> a x + b x (x'x) + c x (x'x)^2, each step with its own a, b, c: of all such three, these take
 # singular values of 0.01 to 1 nearest to 1, to 0.73 to 1.27, as each is the best there is for what the one before it
-# leaves (Amsel et al. 2025, "The Polar Express", theorem 3.1). Jordan et al.'s single triple needs five steps for that.
+# leaves (Amsel et al. 2025, "The Polar Express", theorem 3.1). Five steps of Jordan et al.'s single triple leave 0.68
+# to 1.2; smaller singular values they lift further.
 NEWTON_SCHULZ = ((8.0934, -23.6205, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 MUON_MOMENTUM = 0.95
 MUON_RMS = 0.2  # root mean square of an update at a learning rate of 1, about that of Adam's

@@ -71,7 +71,7 @@ def main(options):
     features = FeatureNetwork(judge.network, judge.size, judge.weights)
     real = features(pictures)
     print(f"KID of reconstructions: {kid(real, features(reconstruct(networks.vae, pictures))).value:.4f}\n")
-    painters = {share: _painter(networks, config, share) for *_, share in SETTINGS}
+    painters = {share: _painter(networks, config, share) for share in {share for *_, share in SETTINGS}}
     tokens = np.stack([data.captions[row][0] for row in held_out])[: options.count]
     tests = networks.vocabulary.decode(data.test_tokens[: options.count])
     heads = (

@@ -110,7 +110,7 @@ class TrainingConfig:
     times: str = "logit_normal"
     latent_crops: int = 1  # crops of each picture in the cache of latents, when augmentation crops
     ema: float = 0.998  # decay of the averaged network, after its warm-up
-    # times that two further averages are kept, of which `evaluate --ema-sweep` makes others; 0: none
+    # times that two further averages are kept, for `evaluate --ema-sweep` and autoguidance; 0: none
     snapshots: int = 8
     caption_dropout: float = 0.1  # share of captions left out, for guidance
     offset_noise: float = 0.0  # strength of added noise that a whole channel shares; 0.1 is usual

@@ -77,7 +77,7 @@ def draw(flower, size):
 def _reduced(canvas):
     """The picture's pixels from the grid: a Gaussian of deviation 0.75 pixels about each, (3, size, size).
 
-    A usual filter of renderers (Pharr, Jakob & Humphreys, Physically Based Rendering, section 7.8). It leaves 6 % of
+    A usual filter of renderers (Pharr, Jakob & Humphreys, Physically Based Rendering, section 7.8). It leaves 4 % of
     the finest waves that the pixels could show; the mean over a pixel's own grid points alone looks cut out with
     scissors.
     """

@@ -6,7 +6,7 @@ The command line, previews in training, evaluation and the web page all call it.
 from generate.networks import (
     Networks,
     chosen_weights,
-    led_away,
+    lead_away,
     load,
     make_diffusion,
     make_vae,
@@ -30,7 +30,7 @@ __all__ = [
     "chosen_weights",
     "drawing",
     "generate",
-    "led_away",
+    "lead_away",
     "load",
     "make_diffusion",
     "make_vae",

@@ -1,12 +1,13 @@
 """The networks that draw: made as a config describes them, or read from a run."""
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
 
 import averages
 from checkpoint import RunFolder, Saved, assign, collect, named_variables
-from config import Config, from_dict, part
+from config import Config, EvaluationConfig, from_dict, part
 from diffusion.schedule import Process
 from errors import InputError
 from input_pipeline import Vocabulary
@@ -67,9 +68,15 @@ def load(path) -> tuple[Networks, Config]:
     assign(named_variables(unet), saved.tensors, "ema_unet", source=path)
     assign(named_variables(text_encoder), saved.tensors, "ema_text_encoder", source=path)
     networks = Networks(vae, text_encoder, unet, Process(**part(config.diffusion)), vocabulary)
-    has_weak = any(step < saved.step for step in run.average_steps("diffusion"))
-    if config.evaluation.autoguidance != 1 and has_weak:
-        networks = with_weak(networks, config)
+    if config.evaluation.autoguidance != 1:
+        if any(step < saved.step for step in run.average_steps("diffusion")):
+            networks = with_weak(networks, config)
+        else:
+            warnings.warn(
+                f"{path} has kept no averages from before step {saved.step}, whose weights draw: they are led away "
+                "from themselves, which only multiplies what guidance adds",
+                stacklevel=2,
+            )
     return networks, config
 
 
@@ -96,7 +103,7 @@ def snapshots_of(run: RunFolder) -> list[int]:
 
 
 def with_weak(networks: Networks, config: Config, share=None) -> Networks:
-    """The networks of a run with weaker ones to lead away from: themselves as they were early in their training
+    """The networks of a run with new weaker ones to lead away from: themselves as they were early in their training
     (autoguidance, Karras et al. 2024).
 
     Args:
@@ -114,42 +121,68 @@ def with_weak(networks: Networks, config: Config, share=None) -> Networks:
             f"{run.path}: received a run whose first averages are of step {earliest}, expected some from before "
             f"step {step}, whose weights draw"
         )
-    return led_away(networks, run, share, step)[0]
+    networks = _with_new_weak(networks)
+    _weaken(networks, run, share, step)
+    return networks
 
 
-def led_away(networks: Networks, run: RunFolder, share, step) -> tuple[Networks, int | None]:
-    """Networks with weaker ones, that have the weights which those of `step` are to be led away from.
+def lead_away(painter, run: RunFolder, evaluation: EvaluationConfig, step) -> int | None:
+    """Has a painter lead away, where the run's evaluation does, from the run's early weights.
 
-    These are the run's own average of `averages.LENGTHS[-1]` of about `share` of the step, as far as it was kept; or,
-    before there is any, the networks' own weights, from which nothing leads away.
+    These are the average of `averages.LENGTHS[-1]` that was kept nearest to the evaluation's share of the step, and
+    before it; or, before there is any, the networks' own weights, which only multiplies what guidance adds.
 
     Args:
-        networks: whose weak ones get the weights; new ones are made where they have none.
+        painter: a `Painter` of the run's networks; it gets weak ones at the first call, and their weights at each.
         run: the run's folder.
-        share: above 0 and below 1.
-        step: of the networks' weights.
+        evaluation: of the run's config.
+        step: of the weights that draw.
 
     Returns:
-        (`networks` themselves or with the new weak ones, the average's step or None).
+        The average's step, or None.
     """
-    names, tensors = ("unet", "text_encoder"), {}
-    if networks.weak is None:
-        made = {name: _like(getattr(networks, name)) for name in names}
-        networks = networks._replace(weak=networks._replace(**made))
-    for name in names:
-        tensors |= collect(named_variables(getattr(networks, name)), f"ema_{name}")
+    if evaluation.autoguidance == 1:
+        return None
+    if painter.networks.weak is None:
+        painter.networks = _with_new_weak(painter.networks)
+    return _weaken(painter.networks, run, evaluation.weak, step)
+
+
+def _with_new_weak(networks):
+    made = (type(own).from_config(own.get_config()) for own in (networks.unet, networks.text_encoder))
+    unet, text_encoder = made
+    return networks._replace(weak=networks._replace(unet=unet, text_encoder=text_encoder, weak=None))
+
+
+def _weaken(networks, run, share, step):
+    """Gives the weak networks their weights, see `lead_away`; returns the average's step, or None."""
+    kept, early = _early_average(run, share, step)
+    for name in ("unet", "text_encoder"):
+        prefix = f"ema_{name}"
+        tensors = early
+        if not any(
+            path.startswith(f"{prefix}/") for path in early
+        ):  # none kept, or the text encoder was frozen
+            tensors = collect(named_variables(getattr(networks, name)), prefix)
+        assign(named_variables(getattr(networks.weak, name)), tensors, prefix, source=run.path)
+    return kept
+
+
+def _early_average(run, share, step):
+    """(step, tensors as a checkpoint has them) of the average nearest to a share of `step`; (None, {}) without any."""
+    prefix = f"average/{averages.LENGTHS[-1]}/"
     early = [kept for kept in run.average_steps("diffusion") if kept < step]
-    nearest = min(early, key=lambda kept: abs(kept - share * step), default=None)
-    if nearest is not None:
-        tensors |= rebuilt_average(run, averages.LENGTHS[-1], nearest)
-    for name in names:
-        assign(named_variables(getattr(networks.weak, name)), tensors, f"ema_{name}", source=run.path)
-    return networks, nearest
-
-
-def _like(network):
-    """A network of the same shape with weights of its own."""
-    return type(network).from_config(network.get_config())
+    for kept in sorted(early, key=lambda kept: abs(kept - share * step)):
+        try:
+            tensors = run.average("diffusion", kept)
+        except InputError as error:
+            warnings.warn(f"{error}; passed over, as autoguidance has others", stacklevel=4)
+            continue
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        return kept, {
+            f"ema_{name.removeprefix(prefix)}": tensor.astype("float32") for name, tensor in own.items()
+        }
+    return None, {}
 
 
 def rebuilt_average(run: RunFolder, length, step=None) -> dict[str, np.ndarray]:

@@ -29,8 +29,8 @@ class Drawing(NamedTuple):
         guidance: strength of classifier-free guidance; 1 is off.
         interval: (least, most) diffusion time to guide at.
         autoguidance: how far the prediction so guided is then led away, at all times, from that of the weak networks
-            without guidance; 1 is off. It multiplies: where the weak ones are the networks themselves, the difference
-            that guidance makes.
+            without guidance; 1 is off. Without weak networks it is led away from the networks' own prediction, which
+            only multiplies what guidance adds.
         sampler: one of `diffusion.samplers.SAMPLERS`.
         spacing: of its times, see `diffusion.times.sampling_times`.
         negative: what guidance leads away from: int32 (T,), and to `generate` a str; None is the empty text.
@@ -123,7 +123,7 @@ class Painter:
     """
 
     def __init__(self, networks, image_size, batch_size=16):
-        self._networks, self.batch_size = networks, batch_size
+        self.batch_size = batch_size
         self.image_size, self.latent_shape = image_size, networks.vae.latent_shape(image_size)
         length, spec = networks.vocabulary.length, tf.TensorSpec
         text = spec([None, length], tf.int32), spec([None, length], tf.bool)
@@ -135,11 +135,9 @@ class Painter:
         self._shared_specs |= dict.fromkeys(["threshold", "threshold_limit"], number)
         self._shared_specs["picture"] = spec([image_size, image_size, 3], tf.uint8)
         self._shared_specs["area"] = spec([image_size, image_size], tf.float32)
-        self._compiled = {}
-        # Traced once, for all kinds of drawing, also step by step.
         self._latents, self._times = spec([None, *self.latent_shape], tf.float32), times
-        self._decoded = tf.function(self._decode, input_signature=[self._latents], autograph=False)
-        self._denoised = {}  # by the U-Net's settings
+        self._networks = None
+        self.networks = networks
 
     @property
     def networks(self):
@@ -148,8 +146,12 @@ class Painter:
 
     @networks.setter
     def networks(self, networks):
-        if networks is not self._networks:
-            self._networks, self._compiled = networks, {}
+        if networks is self._networks:
+            return
+        self._networks, self._compiled = networks, {}
+        # Traced once, for all kinds of drawing, also step by step.
+        self._decoded = tf.function(self._decode, input_signature=[self._latents], autograph=False)
+        self._denoised = {}  # by the U-Net's settings
 
     def draw(self, tokens, seeds, progress=None, way=None, on_step=None, **settings):
         """Draws one picture a row, lazily.

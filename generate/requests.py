@@ -231,22 +231,24 @@ class Request(NamedTuple):
     out: str | Path = "pictures"
 
 
-def write_pictures(run, *prompts, **flags):
+def write_pictures(run, prompt=(), prompts=None, **flags):
     """Draws pictures with a run and writes them, one PNG each and a captioned `grid.png`.
 
     Args:
         run: the run's folder.
-        prompts, flags: of a `Request`.
+        prompt, prompts, flags: of a `Request`.
 
     Returns:
         The paths of the pictures' PNG files.
 
     Raises:
-        InputError: see `load`, `begun_with`, `generate` and `between`; or `prompts` cannot be read, or `out` not
-            written.
+        InputError: see `load`, `with_weak`, `begun_with`, `generate` and `between`; or `prompts` cannot be read, or
+            `out` not written.
     """
-    asked = Request(*prompts, **flags)
-    _check_shares(asked)
+    if isinstance(prompt, str):
+        raise InputError(f"prompt: received the text {prompt!r}, expected a list of texts")
+    asked = Request(prompt, prompts, **flags)
+    _check_numbers(asked)
     texts = [*asked.prompt, *(_read_prompts(asked.prompts) if asked.prompts else ())]
     networks, config = load(run)
     if networks.vocabulary.is_unconditional:
@@ -254,11 +256,9 @@ def write_pictures(run, *prompts, **flags):
     settings = _settings(asked, config)
     _check_texts(asked, texts, networks.vocabulary, settings)
     _warn_of_unknown(run, networks.vocabulary, [*texts, *filter(None, (asked.negative, asked.to_prompt))])
-    if asked.weak is not None or asked.autoguidance not in (None, 1):
-        networks = with_weak(networks, config, asked.weak)
+    networks, led = _led(asked, networks, config, settings)
     painter = Painter(networks, config.image_size, asked.batch_size)
-    share = config.evaluation.weak if asked.weak is None else asked.weak
-    written = {"run": run, **_written(settings, asked), **({"weak": share} if networks.weak else {})}
+    written = {"run": run, **_written(settings, asked), **led}
     previews = collections.defaultdict(list)
     settings |= {"progress": "drawing", "on_step": _collect(previews) if asked.show_steps else None}
     if asked.to_prompt is None and asked.to_seed is None:
@@ -269,7 +269,23 @@ def write_pictures(run, *prompts, **flags):
     return _save(pictures, Path(asked.out), previews, asked.gif, **written)
 
 
-def _check_shares(asked):
+def _led(asked, networks, config, settings):
+    """The networks with the weak ones that are asked for, and of these what a PNG keeps."""
+    if settings["autoguidance"] == 1:
+        if asked.weak is not None:
+            raise InputError(
+                f"--weak: received {asked.weak} with an autoguidance of 1, which is off and leads away from nothing; "
+                "expected another --autoguidance"
+            )
+        return networks, {}
+    # A run that draws otherwise has no weak networks yet; one that has lost its averages was warned of by `load`.
+    if asked.weak is not None or config.evaluation.autoguidance == 1:
+        networks = with_weak(networks, config, asked.weak)
+    share = config.evaluation.weak if asked.weak is None else asked.weak
+    return networks, {"weak": share} if networks.weak else {}
+
+
+def _check_numbers(asked):
     """Refuses numbers that are wrong whatever the run is."""
     if asked.batch_size < 1:
         raise InputError(f"--batch-size: received {asked.batch_size}, expected at least 1")
@@ -287,11 +303,6 @@ def _check_texts(asked, texts, vocabulary, settings):
         texts, asked.count, asked.seed, asked.to_prompt, asked.to_seed, asked.frames, asked.gif, flag="--"
     )
     _check_request(vocabulary, texts, asked.count, asked.seed, **settings, flag="--")
-    if asked.weak is not None and settings["autoguidance"] == 1:
-        raise InputError(
-            f"--weak: received {asked.weak} with an autoguidance of 1, which is off and leads away from nothing; "
-            "expected another --autoguidance"
-        )
     if asked.to_prompt is not None:
         vocabulary.check([asked.to_prompt], "--to-prompt")
 

@@ -13,7 +13,7 @@ from callbacks import Interrupted, Signals
 from checkpoint import RunFolder, assign, named_variables
 from evaluate import follows_captions, plot_curves
 from files import atomic_file
-from generate import led_away
+from generate import lead_away
 from model.perceptual import FeatureNetwork
 from stages.autoencoder import trained_autoencoder
 from stages.data import prepared_data
@@ -96,9 +96,8 @@ def _pictures(config, run, data, trainer):
     if best:  # the best averaged networks take the place of the last ones; the compiled painter stays
         for name in ("ema_unet", "ema_text_encoder"):
             assign(named_variables(trainer.networks[name]), best.tensors, name, source=run.path)
-        if config.evaluation.autoguidance != 1:
-            painter = trainer.painter
-            painter.networks, _ = led_away(painter.networks, run, config.evaluation.weak, best.step)
+    step = best.step if best else int(trainer.optimizer.iterations)
+    lead_away(trainer.painter, run, config.evaluation, step)
     if data.has_probe:
         captions = data.vocabulary.decode(data.shown_tokens[:PROBED_CAPTIONS])
         _report_probe(run, follows_captions(trainer.painter, captions, **trainer.draw_settings))

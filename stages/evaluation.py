@@ -9,7 +9,7 @@ from generate import (
     Painter,
     chosen_weights,
     drawing,
-    led_away,
+    lead_away,
     load,
     rebuilt_average,
     snapshots_of,
@@ -48,17 +48,15 @@ def evaluate(path, ema_sweep=False, gpus="all") -> dict:
     networks, config = load(path)
     with RunFolder.open(path, settings.to_dict(config)) as run:
         data = prepared_data(config, run)
-        measure = _Measurement(config, networks, data)
+        measure = _Measurement(config, run, networks, data)
         protocol = protocol_of(config, measure.kid, len(data.validation_ids), len(measure.tokens))
         if ema_sweep:
-            swept = _swept(config, run, networks, measure)
+            swept = _swept(run, measure)
             run.write_json("ema_sweep.json", swept | {"protocol": protocol})
         saved = chosen_weights(run)
-        if ema_sweep:  # which has left the last length's
-            _assign(config, run, networks, saved.tensors, saved.step)
-        value = measure()
+        value = measure(saved.tensors, saved.step)
         _say("KID", value)
-        weights = {"step": saved.step, "length": saved.state.get("length")}
+        weights = {"step": saved.step, "length": saved.state.get("length"), "weak_step": measure.weak_step}
         floor = measure.kid.floor().value
         result = {"kid": value._asdict(), "floor": floor, "weights": weights, "protocol": protocol}
         run.write_json("metrics.json", result)
@@ -75,9 +73,14 @@ def _check_sweep(run):
 
 
 class _Measurement:
-    """KID of whatever weights the networks have."""
+    """KID of a run's networks with any weights.
 
-    def __init__(self, config, networks, data):
+    Attributes:
+        weak_step: of the average that the last ones were led away from, see `lead_away`.
+    """
+
+    def __init__(self, config, run, networks, data):
+        self.run, self.judge, self.weak_step = run, config.evaluation, None
         judge = config.evaluation
         self.painter = Painter(networks, config.image_size, judge.batch_size)
         self.kid = KID(FeatureNetwork(judge.network, judge.size, judge.weights))
@@ -85,20 +88,23 @@ class _Measurement:
         self.kid.set_real(self.kid.feature_network(held_out, progress=True))
         self.tokens, self.drawing = data.validation_tokens[: judge.images], drawing(config)
 
-    def __call__(self):
+    def __call__(self, tensors, step):
+        for name in ("unet", "text_encoder"):
+            variables = named_variables(getattr(self.painter.networks, name))
+            assign(variables, tensors, f"ema_{name}", source=self.run.path)
+        self.weak_step = lead_away(self.painter, self.run, self.judge, step)
         return self.painter.measure(self.kid, self.tokens, **self.drawing)
 
 
-def _swept(config, run, networks, measure):
+def _swept(run, measure):
     """KID of every length; the best takes the place of the weights that draw if it is better than training's."""
     saved, last = trained_weights(run), snapshots_of(run)[-1]
-    _assign(config, run, networks, saved.tensors, saved.step)
-    trained = measure()
+    trained = measure(saved.tensors, saved.step)
     features, rows = measure.kid.features(), []
     _say("chosen in training", trained)
     for length in SWEPT_LENGTHS:
-        _assign(config, run, networks, saved.tensors | rebuilt_average(run, length), last)
-        value, difference = measure(), measure.kid.less(features)
+        value = measure(saved.tensors | rebuilt_average(run, length), last)
+        difference = measure.kid.less(features)
         _say(f"length {length:.2f}", value)
         rows.append({"length": length, "kid": value._asdict(), "difference": difference._asdict()})
     with atomic_file(run.sweep_path) as file:
@@ -123,13 +129,6 @@ def _adopt(run, tensors, length):
     """Lets the averages among the tensors draw from now on."""
     averaged = {name: tensor for name, tensor in tensors.items() if name.startswith("ema_")}
     run.finish("diffusion", averaged, {"step": snapshots_of(run)[-1], "length": length})
-
-
-def _assign(config, run, networks, tensors, step):
-    for name in ("unet", "text_encoder"):
-        assign(named_variables(getattr(networks, name)), tensors, f"ema_{name}", source=run.path)
-    if networks.weak:
-        led_away(networks, run, config.evaluation.weak, step)
 
 
 def _say(label, estimate):

@@ -14,7 +14,7 @@ from diffusion.schedule import Process
 from diffusion.times import training_times
 from errors import InputError
 from files import fingerprint
-from generate import Networks, chosen_weights, drawing, led_away, make_diffusion
+from generate import Networks, chosen_weights, drawing, lead_away, make_diffusion
 from metrics import Protocol
 from stages.fitting import fit, optimizer_of, steps_an_epoch
 from trainer import KID, LatentDiffusionTrainer
@@ -132,9 +132,7 @@ def _judgement(config, run, data, trainer):
     weak = {"weak_step": None}
 
     def before_test(step):
-        if judge.autoguidance != 1:
-            painter = trainer.painter
-            painter.networks, weak["weak_step"] = led_away(painter.networks, run, judge.weak, step)
+        weak["weak_step"] = lead_away(trainer.painter, run, judge, step)
 
     def finish_row(epoch, row):
         trainer.plot_images(shown_tokens, run.sample_path(f"epoch_{epoch + 1:03d}.png"))
@@ -147,7 +145,7 @@ def _judgement(config, run, data, trainer):
     def choose(row):
         if "val_kid" not in row:
             return None
-        return trainer.kid_metric.estimate(), {"protocol": protocol}
+        return trainer.kid_metric.estimate(), {**weak, "protocol": protocol}
 
     return before_test, finish_row, choose
 

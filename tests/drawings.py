@@ -12,6 +12,7 @@ from diffusion.samplers import SAMPLERS
 PROMPTS = ["one red flower", "a blue flower with a yellow center", "two green leaves"]
 STEPS, GUIDANCE = 3, 2.0
 INTERVAL = (0.0, 0.5)
+ENDS = {"prompt": PROMPTS[0], "to_prompt": PROMPTS[1]}  # of three and seven words
 
 
 def drawn(painter, prompts, **settings):
@@ -21,6 +22,11 @@ def drawn(painter, prompts, **settings):
 
 def images(pictures):
     return np.stack([picture.image for picture in pictures]).astype(int)
+
+
+def on_the_way(painter, frames=3, **settings):
+    settings = {"steps": STEPS, "guidance": GUIDANCE, **settings}
+    return images(generate.between(painter, frames=frames, **settings))
 
 
 def some_picture(seed=0, side=16):

@@ -1,15 +1,16 @@
 """A run's networks are read from its best checkpoint, and what is no such run is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 import averages
 from checkpoint import RunFolder, collect, named_variables
-from config import to_dict
+from config import EvaluationConfig, to_dict
 from errors import InputError
-from generate import led_away, load, rebuilt_average
+from generate import Painter, lead_away, load, rebuilt_average, with_weak
 from input_pipeline import Vocabulary
 from tests.drawings import DRAWN_CONFIG, diffusion_tensors
 
@@ -71,18 +72,22 @@ def kept_averages(step, shape=(2, 3)):
     }
 
 
+def keep_networks(run, networks):
+    for step in (400, 800, 1200):
+        tensors = {
+            f"average/{length}/{name.removeprefix('ema_')}": tensor
+            for length in averages.LENGTHS
+            for name, tensor in diffusion_tensors(networks, step / 1000).items()
+            if name.startswith("ema_")
+        }
+        run.save_average("diffusion", step, tensors)
+
+
 @pytest.fixture
 def run_of_networks(tmp_path, networks):
     """A run whose averages at a step are a thousandth of it of the networks."""
     with RunFolder.open(tmp_path / "networks", to_dict(DRAWN_CONFIG)) as run:
-        for step in (400, 800, 1200):
-            tensors = {
-                f"average/{length}/{name.removeprefix('ema_')}": tensor
-                for length in averages.LENGTHS
-                for name, tensor in diffusion_tensors(networks, step / 1000).items()
-                if name.startswith("ema_")
-            }
-            run.save_average("diffusion", step, tensors)
+        keep_networks(run, networks)
     return RunFolder.read(tmp_path / "networks")
 
 
@@ -129,24 +134,83 @@ def test_what_an_evaluation_has_settled_on_draws(tmp_path, networks):
         np.testing.assert_allclose(weight, 0.25 * np.asarray(value))
 
 
+LED = EvaluationConfig(autoguidance=2.0, weak=0.25)
+
+
+def weak_share(painter):
+    """The one share of the painter's weights that its weak networks have."""
+    shares = set()
+    for name in ("unet", "text_encoder"):
+        pairs = zip(
+            getattr(painter.networks, name).weights, getattr(painter.networks.weak, name).weights, strict=True
+        )
+        for weight, weak in pairs:
+            weight, weak = np.asarray(weight, "float64"), np.asarray(weak)
+            share = round(float((weight * weak).sum() / max((weight**2).sum(), 1e-9)), 2)
+            np.testing.assert_allclose(weak, share * weight, rtol=2e-3, atol=1e-3)
+            if np.any(weight):
+                shares.add(share)
+    (share,) = shares
+    return share
+
+
 @pytest.mark.parametrize(
     ("step", "share", "expected"), [(1200, 0.25, 400), (1200, 0.6, 800), (1201, 0.9, 1200)]
 )
-def test_networks_are_led_away_from_the_nearest_average_before_them(
-    run_of_networks, networks, toy_networks, step, share, expected
+def test_a_painter_leads_away_from_the_nearest_average_before(
+    run_of_networks, networks, step, share, expected
 ):
-    own = networks._replace(weak=toy_networks(5))
-    led, kept = led_away(own, run_of_networks, share, step)
-    assert led is own
-    assert kept == expected
-    for name in ("unet", "text_encoder"):
-        for weight, weak in zip(getattr(own, name).weights, getattr(own.weak, name).weights, strict=True):
-            np.testing.assert_allclose(weak, expected / 1000 * np.asarray(weight), rtol=2e-3, atol=1e-6)
+    painter = Painter(networks, 16)
+    assert (
+        lead_away(painter, run_of_networks, EvaluationConfig(autoguidance=2.0, weak=share), step) == expected
+    )
+    assert weak_share(painter) == expected / 1000
 
 
-def test_before_there_is_an_average_networks_are_led_away_from_themselves(run_of_networks, networks):
-    own, kept = led_away(networks, run_of_networks, 0.25, 400)
-    assert kept is None
-    assert own._replace(weak=None) == networks
-    for weight, weak in zip(own.unet.weights, own.weak.unet.weights, strict=True):
-        np.testing.assert_array_equal(weak, weight)
+def test_the_same_weak_networks_get_the_weights_of_each_step(run_of_networks, networks):
+    painter = Painter(networks, 16)
+    assert lead_away(painter, run_of_networks, LED, 400) is None  # none was kept before
+    assert weak_share(painter) == 1
+    weak = painter.networks.weak
+    assert lead_away(painter, run_of_networks, LED, 1200) == 400
+    assert painter.networks.weak is weak
+    assert weak_share(painter) == 0.4
+
+
+def test_where_autoguidance_is_off_there_are_no_weak_networks(run_of_networks, networks):
+    painter = Painter(networks, 16)
+    assert lead_away(painter, run_of_networks, EvaluationConfig(autoguidance=1.0), 1200) is None
+    assert painter.networks is networks
+
+
+def test_a_frozen_text_encoder_is_the_weak_one_too(run_of_networks, networks, monkeypatch):
+    whole = RunFolder.average
+    frozen = lambda *at: {name: t for name, t in whole(*at).items() if "/text_encoder/" not in name}  # noqa: E731
+    monkeypatch.setattr(RunFolder, "average", frozen)
+    painter = Painter(networks, 16)
+    assert lead_away(painter, run_of_networks, LED, 1200) == 400
+    for name, share in (("unet", 0.4), ("text_encoder", 1.0)):
+        weak = getattr(painter.networks.weak, name).weights
+        for weight, early in zip(getattr(networks, name).weights, weak, strict=True):
+            np.testing.assert_allclose(early, share * np.asarray(weight), rtol=2e-3, atol=1e-3)
+
+
+def test_a_damaged_average_is_passed_over_with_a_warning(run_of_networks, networks):
+    (file,) = run_of_networks.path.glob("averages/**/*400*/*.safetensors")
+    file.write_bytes(file.read_bytes()[:-3])
+    painter = Painter(networks, 16)
+    with pytest.warns(UserWarning, match="damaged: its SHA-256 .*; passed over"):
+        assert lead_away(painter, run_of_networks, LED, 1200) == 800
+
+
+def test_weak_networks_of_two_shares_are_two(tmp_path, run_path, networks):
+    shutil.copytree(run_path, tmp_path / "run")
+    with RunFolder.open(tmp_path / "run", to_dict(DRAWN_CONFIG)) as run:
+        run.save_best("diffusion", 0.01, 0.005, 0.015, diffusion_tensors(networks), {"step": 1600})
+        keep_networks(run, networks)
+    loaded, config = load(tmp_path / "run")
+    painters = [Painter(with_weak(loaded, config, share), 16) for share in (0.25, 0.5)]
+    assert [weak_share(painter) for painter in painters] == [0.4, 0.8]
+    again = with_weak(painters[0].networks, config, 0.75)
+    assert weak_share(Painter(again, 16)) == 1.2
+    assert weak_share(painters[0]) == 0.4

@@ -1,6 +1,5 @@
 """A picture depends on its own prompt and seed only, and is what the pure functions give by hand."""
 
-import functools
 import re
 
 import numpy as np
@@ -10,7 +9,7 @@ import tensorflow as tf
 import generate
 import parallel
 from diffusion.guidance import slerp, threshold
-from diffusion.samplers import SAMPLERS, STOCHASTIC, evaluations, step_by_step
+from diffusion.samplers import SAMPLERS, STOCHASTIC
 from diffusion.times import sampling_times
 from generate import (
     Painter,
@@ -21,6 +20,7 @@ from generate import (
 from generate.painter import blended, latent_area
 from model.unet import UNet
 from tests.drawings import (
+    ENDS,
     GUIDANCE,
     PROMPTS,
     STEPS,
@@ -29,6 +29,7 @@ from tests.drawings import (
     drawn,
     images,
     left_half,
+    on_the_way,
     some_picture,
 )
 
@@ -146,6 +147,22 @@ def test_autoguidance_leads_away_from_a_weaker_model_of_the_same_prompt(with_wea
     np.testing.assert_allclose(received, expected, atol=1)
     (plain,) = images(drawn(Painter(networks, 16), PROMPTS[:1], **settings))
     assert np.abs(plain - received).max() > 3
+
+
+def test_networks_of_one_shape_share_a_graph(with_weak_ones):
+    painter = Painter(with_weak_ones, 16)
+    drawn(painter, PROMPTS[:1], autoguidance=2.0, guidance=3.0, interval=(0.3, 0.7))
+    (denoised,) = painter._denoised.values()
+    assert denoised.experimental_get_tracing_count() == 1
+
+
+def test_other_networks_draw_their_own_pictures(with_weak_ones, toy_networks):
+    painter, settings = Painter(with_weak_ones, 16), {"autoguidance": 2.0, "seed": 4}
+    drawn(painter, PROMPTS[:1], **settings)
+    for others in (toy_networks(7, target="image"), with_weak_ones._replace(weak=toy_networks(8))):
+        painter.networks = others
+        expected = images(drawn(Painter(others, 16), PROMPTS[:1], **settings))
+        np.testing.assert_allclose(images(drawn(painter, PROMPTS[:1], **settings)), expected, atol=1)
 
 
 def test_without_a_weaker_model_autoguidance_multiplies_what_guidance_adds(networks):
@@ -375,15 +392,6 @@ def test_thresholding_is_of_each_picture_after_its_guidance(networks):
 # On the way between two prompts and two seeds
 
 
-def on_the_way(painter, frames=3, **settings):
-    settings = {"steps": STEPS, "guidance": GUIDANCE, **settings}
-    return images(generate.between(painter, frames=frames, **settings))
-
-
-# Prompts of three and seven words.
-ENDS = {"prompt": PROMPTS[0], "to_prompt": PROMPTS[1]}
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -451,61 +459,3 @@ def test_every_picture_may_have_a_way_of_its_own(painter):
     np.testing.assert_allclose(pictures[[0, 2]], plain[[0, 0]], atol=1)
     ends = {"prompt": PROMPTS[1], "to_prompt": PROMPTS[2]}
     np.testing.assert_allclose(pictures[1], on_the_way(painter, **ends, seed=5)[1], atol=1)
-
-
-# Step by step
-
-
-class Watch(list):
-    """A callback of `Painter.draw` that keeps what it is called with."""
-
-    def __call__(self, first, k, count, pictures):
-        self.append((first, k, count, pictures.astype(int)))
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_step_by_step_and_compiled_draw_the_same(painter, sampler):
-    settings, watch = {"sampler": sampler, "guidance": 1, "steps": 4, "seed": 3}, Watch()
-    by_steps = images(drawn(painter, PROMPTS[:2], on_step=watch, **settings))
-    np.testing.assert_allclose(by_steps, images(drawn(painter, PROMPTS[:2], **settings)), atol=1)
-    count = evaluations(sampler, 4)
-    assert [entry[:3] for entry in watch] == [(0, k, count) for k in range(count)]
-    np.testing.assert_array_equal(watch[-1][3], by_steps)
-
-
-def test_the_steps_are_the_predicted_clean_latents(networks, painter):
-    watch, seen, denoise = Watch(), [], denoiser(networks, PROMPTS[0])
-    note = lambda k, count, clean: seen.append(clean)  # noqa: E731
-
-    drawn(painter, PROMPTS[:1], on_step=watch, guidance=1, steps=5, seed=3)
-    noise = noise_of(tf.constant([3], tf.int64), (8, 8, 2))
-    times = np.linspace(1, 0, 6, dtype="float32")
-    loop = functools.partial(step_by_step, callback=note)
-    SAMPLERS["ddim"](denoise, noise, times, networks.process.rates, loop=loop)
-    for clean, (_, _, _, pictures) in zip(seen, watch, strict=True):
-        expected = np.asarray(to_images(networks.vae.decode(clean))).astype(int)
-        np.testing.assert_allclose(pictures, expected, atol=1)
-    assert np.abs(watch[0][3] - watch[-1][3]).max() > 2
-
-
-def test_steps_of_all_settings_keep_to_their_batches_and_trace_nothing_anew(networks):
-    painter, watch = Painter(networks, 16, batch_size=2), Watch()
-    settings = {
-        "guidance": 3.0,
-        "interval": (0.3, 0.8),
-        "threshold": 0.9,
-        "sampler": "dpmpp-2m-sde",
-        "seed": 4,
-    }
-    settings |= {"picture": some_picture(), "area": left_half(), "steps": 4}
-    by_steps = images(drawn(painter, PROMPTS, on_step=watch, **settings))
-    assert [entry[:3] for entry in watch] == [(first, k, 4) for first in (0, 2) for k in range(4)]
-    for first, _, _, pictures in watch:
-        assert len(pictures) == (2 if first == 0 else 1)
-        np.testing.assert_array_equal(pictures[:, :, 8:], len(pictures) * [some_picture()[:, 8:]])
-    np.testing.assert_allclose(by_steps, images(drawn(painter, PROMPTS, **settings)), atol=1)
-    frames = [on_the_way(painter, **ENDS, to_seed=1, on_step=step) for step in (Watch(), None)]
-    np.testing.assert_allclose(*frames, atol=1)
-    (denoised,) = painter._denoised.values()
-    for function in (denoised, painter._decoded):  # for every sampler, batch, step and setting
-        assert function.experimental_get_tracing_count() == 1

@@ -214,10 +214,10 @@ def test_a_data_set_keeps_what_it_was_drawn_from(written):
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"version": 0}, "version 0, expected 1"),
+        ({"version": 0}, "version 0, expected 2"),
         ({"size": 64, "seed": 3}, "size 64, expected 32; seed 3, expected 0"),
         ({"train": None}, "train unknown, expected 7"),
-        (None, "version unknown, expected 1; train unknown, expected 7; test unknown, expected 5;"),
+        (None, "version unknown, expected 2; train unknown, expected 7; test unknown, expected 5;"),
     ],
 )
 def test_data_that_would_be_drawn_otherwise_are_refused_and_left_alone(written, tmp_path, change, line):

@@ -159,11 +159,11 @@ def test_a_negative_prompt_and_the_rescaling_are_in_the_file(run_path, painter, 
 
 @pytest.fixture
 def run_with_averages(tmp_path, run_path, networks):
-    """`run_path`, whose networks had half their weights after half of the training."""
+    """`run_path`, whose networks had half their weights after half of the training, and a quarter after a quarter."""
     shutil.copytree(run_path, tmp_path / "run")
     with RunFolder.open(tmp_path / "run", to_dict(DRAWN_CONFIG)) as run:
         run.save_best("diffusion", 0.01, 0.005, 0.015, diffusion_tensors(networks), {"step": 800})
-        for step, scale in ((400, 0.5), (800, 1.0)):
+        for step, scale in ((200, 0.25), (400, 0.5), (800, 1.0)):
             kept = diffusion_tensors(networks, scale)
             run.save_average(
                 "diffusion",
@@ -178,29 +178,58 @@ def run_with_averages(tmp_path, run_path, networks):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("is_asked", [True, False])
+@pytest.mark.parametrize(
+    ("own", "asked", "drawn_by"),
+    [
+        ({}, {"autoguidance": 2.5, "weak": 0.4}, (2.5, 0.4)),
+        ({"autoguidance": 2.5, "weak": 0.4}, {}, (2.5, 0.4)),
+        ({"autoguidance": 2.0, "weak": 0.2}, {"weak": 0.4}, (2.0, 0.4)),
+        ({"autoguidance": 2.0, "weak": 0.4}, {"autoguidance": 2.5}, (2.5, 0.4)),
+        ({"autoguidance": 2.5, "weak": 0.4}, {"autoguidance": 1}, (1, None)),
+    ],
+)
 def test_the_weak_model_is_the_run_s_own_of_that_share_of_its_training(
-    run_with_averages, networks, toy_networks, is_asked
+    run_with_averages, networks, toy_networks, own, asked, drawn_by
 ):
     early = toy_networks()
-    for own, weak in ((networks.unet, early.unet), (networks.text_encoder, early.text_encoder)):
-        weak.set_weights([0.5 * value for value in own.get_weights()])
+    for strong, weak in ((networks.unet, early.unet), (networks.text_encoder, early.text_encoder)):
+        weak.set_weights([0.5 * value for value in strong.get_weights()])
+    file = run_with_averages / "config.json"
+    config = json.loads(file.read_text())
+    config["evaluation"] |= own
+    file.write_text(json.dumps(config))
     settings = {"steps": STEPS, "guidance": 3.0, "sampler": "ddim", "spacing": "uniform"}
-    out, asked = run_with_averages / "pictures", {"autoguidance": 2.5, "weak": 0.4}
-    if not is_asked:  # but trained so
-        file = run_with_averages / "config.json"
-        config = json.loads(file.read_text())
-        config["evaluation"] |= asked
-        file.write_text(json.dumps(config))
-    (path,) = write_pictures(
-        run_with_averages, PROMPTS[:1], **settings, out=out, **(asked if is_asked else {})
-    )
-    interval = DRAWN_CONFIG.evaluation.guidance_interval
+    out = run_with_averages / "pictures"
+    (path,) = write_pictures(run_with_averages, PROMPTS[:1], **settings, out=out, **asked)
+    interval, (autoguidance, share) = DRAWN_CONFIG.evaluation.guidance_interval, drawn_by
     painter = Painter(networks._replace(weak=early._replace(vae=networks.vae)), 16)
-    (expected,) = drawn(painter, PROMPTS[:1], **settings, interval=interval, autoguidance=2.5)
+    (expected,) = drawn(painter, PROMPTS[:1], **settings, interval=interval, autoguidance=autoguidance)
     with Image.open(path) as file:
-        assert (file.text["weak"], file.text["autoguidance"]) == ("0.4", "2.5")
+        assert float(file.text["autoguidance"]) == autoguidance
+        assert file.text.get("weak") == (None if share is None else str(share))
         np.testing.assert_allclose(np.asarray(file).astype(int), expected.image, atol=3)  # kept in 16 bits
+
+
+def test_a_run_without_early_averages_is_led_away_from_itself_and_warned_of(run_path, tmp_path, networks):
+    shutil.copytree(run_path, tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    config = json.loads(file.read_text())
+    config["evaluation"] |= {"autoguidance": 2.0}
+    file.write_text(json.dumps(config))
+    settings = {"steps": STEPS, "guidance": 2.0, "sampler": "ddim", "spacing": "uniform"}
+    with pytest.warns(UserWarning, match="has kept no averages from before step 3, whose weights draw"):
+        (path,) = write_pictures(tmp_path / "run", PROMPTS[:1], **settings, out=tmp_path / "pictures")
+    interval = DRAWN_CONFIG.evaluation.guidance_interval
+    settings["guidance"] = 3.0  # what guidance adds, twice
+    (expected,) = drawn(Painter(networks, 16), PROMPTS[:1], **settings, interval=interval)
+    with Image.open(path) as file:
+        assert "weak" not in file.text
+        np.testing.assert_allclose(np.asarray(file).astype(int), expected.image, atol=1)
+
+
+def test_a_text_in_place_of_a_list_is_refused(run_path, tmp_path):
+    with pytest.raises(InputError, match="prompt: received the text 'a flower', expected a list of texts"):
+        write_pictures(run_path, "a flower", out=tmp_path / "pictures")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -79,10 +80,7 @@ def test_the_log_has_a_row_an_epoch_with_its_protocol(finished):
     parts = {f"{val}{name}_loss" for val in ("", "val_") for name in ("recon", "kl", "perceptual")}
     assert rows[0].keys() == common | parts | {"val_psnr", "val_psnr_low", "val_psnr_high"}
     measured = {"val_kid", "val_kid_low", "val_kid_high", "val_kid_floor", "weak_step", "protocol"}
-    assert [row["weak_step"] for row in rows[2:4]] == [
-        None,
-        4,
-    ]  # the first epoch's pictures had none to lead away from
+    assert [row["weak_step"] for row in rows[2:4]] == [None, 4]  # averages were kept at step 4 only
     for row in rows[2:4]:
         assert row.keys() == common | measured
         assert row["val_kid_low"] < row["val_kid"] < row["val_kid_high"]
@@ -165,6 +163,24 @@ def test_the_command_that_it_ends_with_draws_a_picture(finished, tmp_path, capsy
         assert picture.size == (32, 32)
         assert (picture.text["prompt"], picture.text["seed"]) == ("a red flower", "1")
     assert "4 pictures and grid.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("best", "step"), [(SimpleNamespace(tensors={}, step=4), 4), (None, 6)])
+def test_the_last_pictures_are_led_away_as_their_weights_are(tmp_path, monkeypatch, best, step):
+    led = []
+    monkeypatch.setattr(stages, "lead_away", lambda *given: led.append(given))
+    monkeypatch.setattr(stages, "assign", lambda *given, **kinds: None)
+    monkeypatch.setattr(stages, "named_variables", lambda network: [])
+    monkeypatch.setattr(stages, "plot_curves", lambda rows, file: None)
+    run = SimpleNamespace(
+        path=tmp_path, best=lambda stage: best, rows=list, curves_path=tmp_path / "curves.png"
+    )
+    names = ("ema_unet", "ema_text_encoder")
+    optimizer = SimpleNamespace(iterations=np.array(6))
+    trainer = SimpleNamespace(networks=dict.fromkeys(names), painter="painter", optimizer=optimizer)
+    config = SimpleNamespace(evaluation="evaluation")
+    stages._pictures(config, run, SimpleNamespace(has_probe=False), trainer)
+    assert led == [("painter", run, "evaluation", step)]
 
 
 def test_the_same_command_again_does_nothing_more_and_says_so(finished, flowers, monkeypatch, capsys):
