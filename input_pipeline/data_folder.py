@@ -75,7 +75,7 @@ def load_data(folder, conditioning="text"):
     if conditioning != "text":
         return _load_folder(folder, conditioning)
     raise InputError(
-        f"{folder}: holds neither dataset/text2ImgData.pkl nor metadata.csv nor metadata.jsonl; "
+        f"{folder}: holds neither metadata.csv nor metadata.jsonl nor dataset/text2ImgData.pkl; "
         f"give --data a folder that does (see dataset/README.md), or train {WITHOUT_CAPTIONS}"
     )
 

@@ -391,7 +391,7 @@ def test_a_stopped_run_without_captions_ends_as_one_that_was_not(
 
 def test_pictures_without_captions_are_no_ground_for_a_model_of_text(in_classes, tmp_path, capsys):
     line = refusal(capsys, words(in_classes, tmp_path / "run"))
-    assert line.startswith(f"{in_classes}: holds neither dataset/text2ImgData.pkl nor metadata.csv")
+    assert line.startswith(f"{in_classes}: holds neither metadata.csv nor metadata.jsonl")
     assert "--conditioning class" in line and "or none" in line
     line = refusal(capsys, words(in_classes / "rose", tmp_path / "run", conditioning="class"))
     assert "lies beside the folders of the classes" in line
