@@ -211,6 +211,8 @@ def protocol():
         guidance=2.5,
         guidance_from=0.3,
         guidance_to=0.7,
+        autoguidance=2.0,
+        weak=0.25,
         ema=True,
         seed=0,
     )
