@@ -110,12 +110,8 @@ class Keeper(keras.callbacks.Callback):
         self.snapshots = frozenset(snapshots)
         self.run, self.stage, self.signals = run, stage, signals
         self.steps_per_epoch, self.epochs = steps_per_epoch, epochs
-        self.before_test, self.finish_row, self.choose, self.kid_every = (
-            before_test,
-            finish_row,
-            choose,
-            kid_every,
-        )
+        self.before_test, self.finish_row = before_test, finish_row
+        self.choose, self.kid_every = choose, kid_every
         self.step, self.pending, self.logs = 0, False, {}
         self._metrics, self._seconds, self._started = {}, 0.0, time.monotonic()
         self._first = True
