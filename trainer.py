@@ -44,7 +44,31 @@ class _Trainer(keras.Model):
     def metrics(self):
         return list(self.trackers.values())
 
-    @tf.autograph.experimental.do_not_convert  # nothing here needs it, and reading every layer's source takes a second
+    def make_train_function(self, force=False):
+        if self.train_function is None or force:
+            self.train_function = self._function_of(self.train_step)
+
+    def make_test_function(self, force=False):
+        if self.test_function is None or force:
+            self.test_function = self._function_of(self.test_step)
+
+    def _function_of(self, step):
+        """The function of an iterator that Keras asks for, of one graph.
+
+        Keras puts a graph around the step's, which the first step waits for a second or two longer, and AutoGraph
+        reads every layer's source, which nothing here needs, for a second.
+        """
+        strategy = self.distribute_strategy
+
+        def on_replicas(batch):
+            means = strategy.run(step, (batch,))
+            return {name: strategy.reduce("MEAN", value, axis=None) for name, value in means.items()}
+
+        if not self.run_eagerly:
+            settings = {"autograph": False, "reduce_retracing": True, "jit_compile": self.jit_compile}
+            on_replicas = tf.function(on_replicas, **settings)
+        return lambda iterator: on_replicas(next(iterator))
+
     def train_step(self, batch):
         """One step on a batch (this replica's part of it)."""
         gradients, means = self._gradients(batch)
@@ -71,7 +95,6 @@ class _Trainer(keras.Model):
         )
         return parallel.summed(part, batch, parts, zeros)
 
-    @tf.autograph.experimental.do_not_convert
     def test_step(self, batch):
         """The losses of a validation batch; its "weight" (B,) is 0 for rows that only fill the batch up."""
         names = sorted(batch)

@@ -113,6 +113,7 @@ def their_side(size, context, batch, steps):
     from generate import noise_of
 
     attends = size.attention_levels
+    torch.manual_seed(0)  # its weights are new
     unet = UNet2DConditionModel(
         block_out_channels=size.level_channels,
         layers_per_block=size.blocks,
