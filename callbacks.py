@@ -8,12 +8,15 @@ import math
 import os
 import signal
 import time
+from types import MappingProxyType
+from typing import NamedTuple
 
 import keras
+import numpy as np
 from tqdm import tqdm
 
 from checkpoint import RunFolder, assign, collect, named_variables
-from metrics import FEWEST_FOR_FLOOR
+from metrics import FEWEST_FOR_FLOOR, Estimate
 
 SHOW_EVERY = 10  # steps between two readings of the loss, which make an accelerator wait
 
@@ -75,6 +78,22 @@ def _say_at_once(text):
         os.write(2, f"\n{text}\n".encode())
 
 
+class Measured(NamedTuple):
+    """What an epoch is chosen by.
+
+    Attributes:
+        estimate: of the monitored metric, smaller is better.
+        state: what the best keeps of how it was measured, such as its "protocol".
+        tensors: arrays by name that it keeps beside the weights.
+        change: the interval of what the estimate is less the best's, or None where only both are known.
+    """
+
+    estimate: Estimate
+    state: dict
+    tensors: dict[str, np.ndarray] = MappingProxyType({})
+    change: Estimate | None = None
+
+
 class Keeper(keras.callbacks.Callback):
     """Keeps a training in its run folder: each epoch a row of the log and a checkpoint, and the best one.
 
@@ -88,7 +107,7 @@ class Keeper(keras.callbacks.Callback):
         epochs: all epochs of the stage.
         before_test: function of the step, called before the trainer's `evaluate`.
         finish_row: function of (epoch, logs) -> dict of more entries for the epoch's row.
-        choose: function of the row -> (Estimate, state) for `RunFolder.save_best`, or None.
+        choose: function of the row -> what it is chosen by, a `Measured`, or None where that was not measured.
         kid_every: epochs between two measurements of KID; the first and the last epoch have one anyway.
         snapshots: the steps whose power averages are kept, see `averages`.
     """
@@ -180,15 +199,15 @@ class Keeper(keras.callbacks.Callback):
         self.signals.release()
 
     def _keep_best(self, row):
-        chosen = self.choose(row) if self.choose else None
-        if chosen is None:
+        measured = self.choose(row) if self.choose else None
+        if measured is None:
             return False
-        estimate, state = chosen
-        tensors = {}
+        tensors = dict(measured.tensors)
         for name, network in self.model.networks.items():
             tensors.update(collect(named_variables(network), name))
-        state = {**state, "epoch": row["epoch"], "step": row["step"]}
-        self.run.save_best(self.stage, *estimate, tensors, state)
+        state = {**measured.state, "epoch": row["epoch"], "step": row["step"]}
+        change = measured.change.high if measured.change else None
+        self.run.save_best(self.stage, *measured.estimate, tensors, state, change)
         # Not what `save_best` returns: after a crash this epoch may have been kept already.
         best = self.run.best_state(self.stage)
         return best is not None and best["step"] == row["step"]
@@ -226,7 +245,7 @@ def describe(row):
             else f"no floor (it takes {FEWEST_FOR_FLOOR} validation pictures)"
         )
         parts.append(f"KID {row['val_kid']:.4f} [{low:.4f}, {high:.4f}], {told}")
-    parts.append(f"{row['seconds']:.0f} s")
+    parts.append(f"after {row['seconds']:.0f} s")
     return "   ".join(parts) + ("   best so far" if row.get("best") else "")
 
 

@@ -71,6 +71,8 @@ class Generate:
     # a sentence, or the name of a class; give it again for more; a run without conditioning takes none
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     prompts: str | None = None  # text file with a sentence, or the name of a class, a line
+    # the newest checkpoint draws, in place of the one that KID chose
+    newest: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     count: int = 1  # pictures a sentence
     seed: int = 0  # of a sentence's first picture; the next ones have seed + 1, ...
     # ddpm, ddim, euler, euler-ancestral, heun, dpmpp-2m, dpmpp-2m-sde, unipc or pndm; None: the run's

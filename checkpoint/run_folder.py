@@ -189,10 +189,21 @@ class RunFolder:
             raise InputError(f"{folder}: {damaged} damaged; remove it to start the stage again")
         return None
 
+    def checkpoint_steps(self, stage: str) -> list[int]:
+        """The steps of the checkpoints that are kept, oldest first."""
+        return entries.steps(self.path / "checkpoints" / stage)
+
     # The best: chosen by the monitored metric.
 
     def save_best(
-        self, stage: str, value: float, low: float, high: float, tensors: dict, state: dict
+        self,
+        stage: str,
+        value: float,
+        low: float,
+        high: float,
+        tensors: dict,
+        state: dict,
+        change: float | None = None,
     ) -> bool:
         """Keeps `tensors` as the stage's best if `is_better` says so.
 
@@ -202,6 +213,7 @@ class RunFolder:
             low, high: its confidence interval; equal to `value` where there is none.
             tensors: arrays by name.
             state: what else to remember, such as "step", "epoch" and the metric's "protocol".
+            change: see `is_better`.
 
         Returns:
             Whether it was kept.
@@ -214,7 +226,7 @@ class RunFolder:
         if best is not None:
             protocols = {"protocol": plain(state.get("protocol"))}, {"protocol": best.get("protocol")}
             refuse_differences(folder, "protocol", *protocols)
-        if not is_better(value, best):
+        if not is_better(value, best, change):
             return False
         with self._writing(folder):
             state = {"value": value, "low": low, "high": high, **state}
@@ -319,22 +331,25 @@ class RunFolder:
             yield
 
 
-def is_better(value: float, best: dict | None) -> bool:
+def is_better(value: float, best: dict | None, change: float | None = None) -> bool:
     """Whether `value` of a metric, smaller is better, replaces the best so far.
 
-    What is not finite never wins, and the first finite value always does. After that the value must lie
-    below the *interval* of the best, not just below its value: many epochs are compared, and the luckiest
-    measurement of equal networks would otherwise win. The interval stays the best's own, so slow but steady
-    progress leaves it in the end.
+    What is not finite never wins, and the first finite value always does. After that the value must be lower by more
+    than its uncertainty: many epochs are compared, and the luckiest measurement of equal networks would otherwise win.
+    Where the change itself was measured, its interval must lie below 0; otherwise the value must lie below the interval
+    of the best, which is wider. That interval stays the best's own, so slow but steady progress leaves it in the end.
 
     Args:
         value: the new value.
         best: dict with "value" and "low", as `RunFolder.best_state` returns it, or None.
+        change: upper end of the interval of the change from the best's value to this one, or None.
     """
     if not math.isfinite(value):
         return False
     if best is None or not _is_finite(best.get("value")):
         return True
+    if change is not None:
+        return bool(change < 0)
     low = best.get("low")
     return bool(value < (low if _is_finite(low) else best["value"]))
 

@@ -17,9 +17,10 @@ from model.vae import AutoencoderKL
 
 
 class Networks(NamedTuple):
-    """All that drawing needs: the three networks, the process, the words, and weaker networks or None.
+    """All that drawing needs: the three networks, the process, the words, weaker networks or None, and a step or None.
 
     The weak ones are of the same process and words, but trained less, or smaller; autoguidance leads away from them.
+    The step is that of the training from which the weights are.
     """
 
     vae: AutoencoderKL
@@ -28,6 +29,7 @@ class Networks(NamedTuple):
     process: Process
     vocabulary: Vocabulary
     weak: "Networks | None" = None
+    step: int | None = None
 
 
 def make_vae(config: Config) -> AutoencoderKL:
@@ -42,13 +44,14 @@ def make_diffusion(config: Config, vocabulary: Vocabulary) -> tuple[UNet, Vocabu
     return unet, text_encoder
 
 
-def load(path) -> tuple[Networks, Config]:
+def load(path, newest=False) -> tuple[Networks, Config]:
     """The networks of a run, with averaged weights: those that an evaluation has settled on, or else the best
     checkpoint's, or the newest's where none is best yet. Where the run draws by autoguidance and has kept averages from
     before these, the weak networks are among them.
 
     Args:
         path: the run's folder.
+        newest: whether to take the newest checkpoint's weights, whatever their KID.
 
     Raises:
         InputError: no run folder, or nothing trained in it yet.
@@ -56,7 +59,7 @@ def load(path) -> tuple[Networks, Config]:
     run = RunFolder.read(path)
     config = from_dict(run.config, run=str(path))
     trained_vae = run.finished("vae")
-    saved = chosen_weights(run)
+    saved = run.latest("diffusion") if newest else chosen_weights(run)
     if trained_vae is None or saved is None:
         raise InputError(
             f"{path}: received a run that has trained no U-Net yet; expected one with a checkpoint: "
@@ -67,7 +70,8 @@ def load(path) -> tuple[Networks, Config]:
     assign(named_variables(vae), trained_vae.tensors, "vae", source=path)
     assign(named_variables(unet), saved.tensors, "ema_unet", source=path)
     assign(named_variables(text_encoder), saved.tensors, "ema_text_encoder", source=path)
-    networks = Networks(vae, text_encoder, unet, Process(**part(config.diffusion)), vocabulary)
+    process = Process(**part(config.diffusion))
+    networks = Networks(vae, text_encoder, unet, process, vocabulary, step=saved.step)
     if config.evaluation.autoguidance != 1:
         if any(step < saved.step for step in run.average_steps("diffusion")):
             networks = with_weak(networks, config)
@@ -115,14 +119,14 @@ def with_weak(networks: Networks, config: Config, share=None) -> Networks:
         InputError: the run has kept no averages, or none before the weights that draw.
     """
     run, share = RunFolder.read(config.run), config.evaluation.weak if share is None else share
-    step, (earliest, *_) = chosen_weights(run).step, snapshots_of(run)
-    if earliest >= step:
+    earliest, *_ = snapshots_of(run)
+    if earliest >= networks.step:
         raise InputError(
             f"{run.path}: received a run whose first averages are of step {earliest}, expected some from before "
-            f"step {step}, whose weights draw"
+            f"step {networks.step}, whose weights draw"
         )
     networks = _with_new_weak(networks)
-    _weaken(networks, run, share, step)
+    _weaken(networks, run, share, networks.step)
     return networks
 
 

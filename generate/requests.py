@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from checkpoint import RunFolder
 from config import check_interval, check_sampling, check_strength, check_weak
 from errors import InputError
 from generate.networks import load, with_weak
@@ -188,6 +189,7 @@ class Request(NamedTuple):
     Args:
         prompt, prompts: sentences or names of classes, and a text file with one a line, or None; neither for a run
             without conditioning.
+        newest: whether the newest checkpoint draws, see `load`.
         count, seed: see `generate`.
         sampler, spacing, steps, guidance, guidance_interval: the sampler, its times and their number, the strength of
             guidance and the times it acts at; None takes the run's.
@@ -206,6 +208,7 @@ class Request(NamedTuple):
 
     prompt: tuple[str, ...] = ()
     prompts: str | Path | None = None
+    newest: bool = False
     count: int = 1
     seed: int = 0
     sampler: str | None = None
@@ -250,7 +253,7 @@ def write_pictures(run, prompt=(), prompts=None, **flags):
     asked = Request(prompt, prompts, **flags)
     _check_numbers(asked)
     texts = [*asked.prompt, *(_read_prompts(asked.prompts) if asked.prompts else ())]
-    networks, config = load(run)
+    networks, config = load(run, asked.newest)
     if networks.vocabulary.is_unconditional:
         texts = texts or [""]
     settings = _settings(asked, config)
@@ -258,7 +261,7 @@ def write_pictures(run, prompt=(), prompts=None, **flags):
     _warn_of_unknown(run, networks.vocabulary, [*texts, *filter(None, (asked.negative, asked.to_prompt))])
     networks, led = _led(asked, networks, config, settings)
     painter = Painter(networks, config.image_size, asked.batch_size)
-    written = {"run": run, **_written(settings, asked), **led}
+    written = {"run": run, "step": networks.step, **_written(settings, asked), **led}
     previews = collections.defaultdict(list)
     settings |= {"progress": "drawing", "on_step": _collect(previews) if asked.show_steps else None}
     if asked.to_prompt is None and asked.to_seed is None:
@@ -266,7 +269,21 @@ def write_pictures(run, prompt=(), prompts=None, **flags):
     else:
         way = asked.to_prompt, asked.seed, asked.to_seed, asked.frames or FRAMES
         pictures = between(painter, texts[0], *way, **settings)
-    return _save(pictures, Path(asked.out), previews, asked.gif, **written)
+    paths = _save(pictures, Path(asked.out), previews, asked.gif, **written)
+    _tell_weights(RunFolder.read(run), networks.step)
+    return paths
+
+
+def _tell_weights(run, step):
+    """Tells of which step the weights were that have drawn, where a user may expect others."""
+    steps = run.checkpoint_steps("diffusion")
+    if not run.is_finished:
+        print(f"{run.path} is still to be trained: this is step {step}; its training command goes on")
+    elif steps and step < steps[-1]:
+        print(
+            f"drawn by the weights of step {step}, which KID has chosen, not by the last, of step {steps[-1]}; "
+            "those draw with --newest"
+        )
 
 
 def _led(asked, networks, config, settings):

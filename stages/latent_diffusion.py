@@ -8,7 +8,7 @@ import averages
 import config as settings
 import input_pipeline as pipeline
 import parallel
-from callbacks import Keeper
+from callbacks import Keeper, Measured
 from checkpoint import RunFolder, assign, named_variables
 from diffusion.schedule import Process
 from diffusion.times import training_times
@@ -18,6 +18,8 @@ from generate import Networks, chosen_weights, drawing, lead_away, make_diffusio
 from metrics import Protocol
 from stages.fitting import fit, optimizer_of, steps_an_epoch
 from trainer import KID, LatentDiffusionTrainer
+
+KID_FEATURES = "kid_features"  # of the best checkpoint's pictures, beside its weights
 
 
 def latents_of(config, run, data, vae):
@@ -145,7 +147,11 @@ def _judgement(config, run, data, trainer):
     def choose(row):
         if "val_kid" not in row:
             return None
-        return trainer.kid_metric.estimate(), {**weak, "protocol": protocol}
+        kid, best = trainer.kid_metric, run.best("diffusion")
+        former = best.tensors.get(KID_FEATURES) if best else None
+        change = None if former is None else kid.less(former)
+        state = {**weak, "protocol": protocol}
+        return Measured(kid.estimate(), state, {KID_FEATURES: kid.features()}, change)
 
     return before_test, finish_row, choose
 

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 import callbacks
-from callbacks import Bar, Interrupted, Keeper, Signals, describe
+from callbacks import Bar, Interrupted, Keeper, Measured, Signals, describe
 from checkpoint import RunFolder
 from input_pipeline import Latents, latent_batches, validation_batches
 from metrics import Estimate
@@ -158,7 +158,7 @@ def test_a_resumed_stage_forgets_the_rows_after_its_checkpoint_and_no_others(run
 
 def chooser(estimates):
     """Measures what is given, epoch by epoch."""
-    return lambda row: (estimates[row["epoch"] - 1], {"protocol": {"network": "none"}})
+    return lambda row: Measured(estimates[row["epoch"] - 1], {"protocol": {"network": "none"}})
 
 
 def test_the_best_is_chosen_by_its_interval_and_nan_never_wins(run, trainer):
@@ -187,6 +187,20 @@ def test_the_best_is_chosen_by_its_interval_and_nan_never_wins(run, trainer):
     assert best.state["protocol"] == {"network": "none"}
     for weight, value in zip(trainer.ema_unet.weights, weights[8], strict=True):
         np.testing.assert_array_equal(best.tensors[f"ema_unet/{weight.path}"], value)
+
+
+def test_where_the_change_is_measured_its_interval_chooses(run, trainer):
+    inside = Estimate(0.45, 0.35, 0.55)  # of the interval of the first
+    changes = [None, Estimate(-0.05, -0.11, 0.01), Estimate(-0.05, -0.09, -0.01), NAN]
+
+    def choose(row):
+        k = row["epoch"] - 1
+        estimate = inside if k else Estimate(0.5, 0.4, 0.6)
+        return Measured(estimate, {}, {"features": np.full(2, k, "float32")}, changes[k])
+
+    fit(trainer, keeper_of(run, choose=choose), 4)
+    assert [row["best"] for row in run.rows()] == [True, False, True, False]
+    np.testing.assert_array_equal(run.best("diffusion").tensors["features"], [2, 2])
 
 
 def test_the_best_so_far_survives_a_resume(run, trainer):
@@ -240,9 +254,12 @@ def test_what_comes_before_a_test_is_told_the_step(run, trainer):
 
 def test_a_row_is_told_in_one_line():
     row = {"stage": "diffusion", "epoch": 3, "step": 6, "loss": 0.25, "val_loss": 1 / 3, "seconds": 61.7}
-    assert describe(row) == "epoch 3   loss 0.25   val_loss 0.3333   62 s"
+    assert describe(row) == "epoch 3   loss 0.25   val_loss 0.3333   after 62 s"
     kid = {"val_kid": 0.1, "val_kid_low": 0.05, "val_kid_high": 0.15, "val_kid_floor": 0.01}
-    line = "epoch 3   loss 0.25   val_loss 0.3333   KID 0.1000 [0.0500, 0.1500], floor 0.0100   62 s   best so far"
+    line = (
+        "epoch 3   loss 0.25   val_loss 0.3333   KID 0.1000 [0.0500, 0.1500], floor 0.0100   after 62 s"
+        "   best so far"
+    )
     assert describe({**row, **kid, "best": True}) == line
     for none in (math.nan, None):  # as measured, and as the log keeps it
         without = line.replace("floor 0.0100", "no floor (it takes 6 validation pictures)")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from callbacks import Interrupted, Keeper, Signals
+from callbacks import Interrupted, Keeper, Measured, Signals
 from checkpoint import RunFolder
 from input_pipeline import Latents, latent_batches, validation_batches
 from metrics import KID
@@ -100,7 +100,9 @@ def work(trainer, folder, stop=None):
         keeper = StoppingKeeper(run, "diffusion", STEPS, signals, EPOCHS)
         trainer.kid_metric.feature_network.visited = keeper.in_validation
         keeper.finish_row = lambda epoch, row: interval(trainer.kid_metric)
-        keeper.choose = lambda row: (trainer.kid_metric.estimate(), {"protocol": {"network": "colours"}})
+        keeper.choose = lambda row: Measured(
+            trainer.kid_metric.estimate(), {"protocol": {"network": "colours"}}
+        )
         keeper.before_test = lambda step: trainer.tested_at.append(step)
         keeper.stop = stop
         try:

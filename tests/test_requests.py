@@ -107,6 +107,7 @@ def test_every_picture_is_a_png_that_says_what_it_is(run_path, painter, tmp_path
                 "autoguidance": "1.0",
                 "guidance_interval": "(0.0, 0.5)",
                 "run": str(run_path),
+                "step": "3",
             }
     grid = captioned_grid([picture.image for picture in expected], [picture.prompt for picture in expected])
     with Image.open(tmp_path / "a" / "b" / "grid.png") as file:
@@ -114,6 +115,31 @@ def test_every_picture_is_a_png_that_says_what_it_is(run_path, painter, tmp_path
         np.testing.assert_allclose(np.asarray(file).astype(int), np.asarray(grid), atol=1)
     assert sorted(os.listdir(tmp_path / "a" / "b")) == [*(path.name for path in paths), "grid.png"]
     assert f"6 pictures and grid.png in {tmp_path / 'a' / 'b'}" in capsys.readouterr().out
+
+
+def test_the_newest_weights_draw_where_they_are_asked_for(run_path, networks, tmp_path, capsys):
+    settings = {"steps": STEPS, "guidance": GUIDANCE, "sampler": "ddim", "spacing": "uniform"}
+    unet, text_encoder = (type(own).from_config(own.get_config()) for own in networks[2:0:-1])
+    for halved, own in ((unet, networks.unet), (text_encoder, networks.text_encoder)):
+        halved.set_weights([0.5 * value for value in own.get_weights()])
+    newest = Painter(networks._replace(unet=unet, text_encoder=text_encoder), 16)
+    (path,) = write_pictures(run_path, PROMPTS[:1], newest=True, **settings, out=tmp_path / "newest")
+    (expected,) = drawn(newest, PROMPTS[:1], **settings, interval=DRAWN_CONFIG.evaluation.guidance_interval)
+    with Image.open(path) as file:
+        np.testing.assert_allclose(np.asarray(file).astype(int), expected.image, atol=1)
+        assert file.text["step"] == "6"
+    assert f"{run_path} is still to be trained: this is step 6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("newest", [False, True])
+def test_which_weights_drew_is_told_where_they_are_not_the_last(run_path, tmp_path, capsys, newest):
+    shutil.copytree(run_path, tmp_path / "run")
+    (tmp_path / "run" / "curves.png").touch()  # it is finished
+    write_pictures(tmp_path / "run", PROMPTS[:1], newest=newest, steps=1, out=tmp_path / "out")
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first == f"1 picture and grid.png in {tmp_path / 'out'}"
+    told = "drawn by the weights of step 3, which KID has chosen, not by the last, of step 6; those draw with --newest"
+    assert others == ([] if newest else [told])
 
 
 def test_a_picture_and_its_mask_are_read_as_for_training(run_path, painter, tmp_path):

@@ -189,6 +189,20 @@ def test_is_better(value, best, wins):
     assert is_better(np.float32(value), best) is wins or value == 0.04
 
 
+@pytest.mark.parametrize(
+    ("value", "best", "change", "wins"),
+    [
+        (0.049, BEST, -0.001, True),  # inside the interval of the best, but surely lower
+        (0.01, BEST, 0.001, False),  # below it, but not surely lower
+        (0.01, BEST, math.nan, False),
+        (math.nan, BEST, -0.001, False),
+        (0.9, None, 0.001, True),
+    ],
+)
+def test_a_measured_change_decides(value, best, change, wins):
+    assert is_better(value, best, change) is wins
+
+
 def test_the_best_survives_a_resume(run):
     assert run.best("unet") is None
     assert run.best_state("unet") is None
