@@ -247,7 +247,10 @@ def _main(argv):
 def _train(options):
     settings.check(options)
     _check_folders(options)
-    print(json.dumps(dataclasses.asdict(options), indent=2), flush=True)
+    lines = (
+        f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in dataclasses.asdict(options).items()
+    )
+    print("{", ",\n".join(lines), "}", sep="\n", flush=True)  # JSON, a line for each part
     with _without_notes():
         import stages  # TensorFlow takes seconds to import: only once the words are known to be right
 
@@ -347,17 +350,21 @@ def _data(options):
     )
     paper_flowers.write(out, train=options.train, test=options.test, size=options.size, seed=options.seed)
     if Path(out) != Path(FLOWERS):
+        side = next(side for side in range(options.size, 0, -1) if _trains_at(side))
+        note = (
+            "" if side == options.size else f", at {side} px, to which the networks' halvings come out even"
+        )
         print(
-            f"\nTrain on them:\n   python cup3.py --data {out} --run runs/{Path(out).name}{_sized(options)}"
+            f"\nTrain on them{note}:\n   python cup3.py --data {out} --run runs/{Path(out).name} --image-size {side}"
         )
 
 
-def _sized(options):
-    """The flag for training at the size of the drawn pictures, where the networks can."""
+def _trains_at(side):
+    """Whether the default networks take pictures of that side."""
     with contextlib.suppress(InputError):
-        settings.check(settings.Config(image_size=options.size))
-        return f" --image-size {options.size}"
-    return ""
+        settings.check(settings.Config(image_size=side))
+        return True
+    return False
 
 
 def flowers_folder(options):

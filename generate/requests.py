@@ -93,8 +93,9 @@ def between(
     images = painter.draw(
         tokens.repeat(frames, axis=0), np.full(frames, seed), progress, way, on_step, **settings
     )
+    ends = (f"seed {seed}", f"seed {to_seed}") if to_prompt is None else (prompt, to_prompt)
     for image, share in zip(images, shares, strict=True):
-        yield Picture(image, prompt, seed, float(share))
+        yield Picture(image, prompt, seed, float(share), ends)
 
 
 def _read_tokens(painter, prompts, negative=None, settings=()):

@@ -12,18 +12,23 @@ from files import atomic_file
 class Picture(NamedTuple):
     """A drawn picture, uint8 (H, W, 3), and what it was drawn from.
 
-    `share` is how far it lies on the way to another prompt or seed, 0 to 1, or None.
+    `share` is how far it lies on the way to another prompt or seed, 0 to 1, or None; `ends` are the captions there.
     """
 
     image: np.ndarray
     prompt: str
     seed: int
     share: float | None = None
+    ends: tuple[str, str] | None = None
 
     @property
     def caption(self):
-        """What stands below it in a grid: its prompt, or without one its seed."""
-        return self.prompt or f"seed {self.seed}"
+        """What stands below it in a grid: its prompt, without one its seed, or how far on a way it is."""
+        if self.share is None:
+            return self.prompt or f"seed {self.seed}"
+        if self.ends and self.share in (0, 1):
+            return self.ends[int(self.share)]
+        return f"{100 * self.share:.0f} % of the way"
 
 
 def save_png(picture: Picture, path, **settings):
@@ -84,9 +89,7 @@ def save_all(pictures, folder, previews, gif=False, **settings):
         if number in previews:
             _save_steps(picture, previews.pop(number), folder / f"{number:04d}_steps.png", **settings)
         images.append(picture.image)
-        captions.append(
-            picture.caption if picture.share is None else f"{100 * picture.share:.0f} % of the way"
-        )
+        captions.append(picture.caption)
     with atomic_file(folder / "grid.png") as file:
         captioned_grid(images, captions).save(file, "PNG")
     if gif:

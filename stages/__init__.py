@@ -18,9 +18,11 @@ from model.perceptual import FeatureNetwork
 from stages.autoencoder import trained_autoencoder
 from stages.data import prepared_data
 from stages.devices import devices_in_words, strategy_on
+from stages.fitting import steps_an_epoch
 from stages.latent_diffusion import latents_of, text_encoder_from, trained_diffusion
 
 PROBED_CAPTIONS = 256
+FEW_STEPS = 200  # of the U-Net; after as many the default run's flowers are still ragged
 PROBED_ATTRIBUTES = ("petal_color", "center_color", "petals")
 
 
@@ -66,6 +68,7 @@ def train(config: settings.Config) -> Path:
 
 def _train(config, run, data, strategy, signals):
     judge = config.evaluation
+    _note_few_steps(config, len(data.train_ids))
     # First of all, so that what cannot be had is refused before anything is trained.
     features = FeatureNetwork(judge.network, judge.size, judge.weights)
     text = text_encoder_from(config, data.vocabulary) if config.text_from else None
@@ -77,6 +80,17 @@ def _train(config, run, data, strategy, signals):
         trainer = trained_diffusion(config, run, data, vae, latents, features, text, strategy, signals)
     with _stage("pictures"):
         _pictures(config, run, data, trainer)
+
+
+def _note_few_steps(config, pictures):
+    """Says beforehand that a training will be too short to show anything, as the defaults make it on few pictures."""
+    stage = config.training
+    an_epoch = steps_an_epoch(stage, pictures)
+    if stage.epochs * an_epoch < FEW_STEPS:
+        print(
+            f"   note: {stage.epochs} epochs of {an_epoch} step{'s' * (an_epoch != 1)} are few for a U-Net, whose "
+            f"pictures stay blots; give --training.steps-per-epoch {-(-FEW_STEPS // stage.epochs)} or far more"
+        )
 
 
 @contextlib.contextmanager

@@ -307,6 +307,8 @@ def test_frames_are_files_that_say_how_far_they_are(run_path, painter, tmp_path,
         paths = write_pictures(run_path, PROMPTS[:1], **settings, **goal, gif=True, out=tmp_path)
     expected = list(generate.between(painter, PROMPTS[0], **settings, **goal))
     assert [picture.share for picture in expected] == [0, 0.25, 0.5, 0.75, 1]
+    way = [f"{share} % of the way" for share in (25, 50, 75)]
+    assert [picture.caption for picture in expected] == [PROMPTS[0], *way, "two green zebras"]
     for path, picture in zip(paths, expected, strict=True):
         with Image.open(path) as file:
             np.testing.assert_allclose(np.asarray(file).astype(int), picture.image, atol=1)
