@@ -8,7 +8,6 @@ import math
 import os
 import signal
 import time
-from types import MappingProxyType
 from typing import NamedTuple
 
 import keras
@@ -84,13 +83,13 @@ class Measured(NamedTuple):
     Attributes:
         estimate: of the monitored metric, smaller is better.
         state: what the best keeps of how it was measured, such as its "protocol".
-        tensors: arrays by name that it keeps beside the weights.
-        change: the interval of what the estimate is less the best's, or None where only both are known.
+        tensors: arrays by name that the best keeps beside the weights, or None.
+        change: of the metric, from the best so far to this epoch, or None where that was not measured.
     """
 
     estimate: Estimate
     state: dict
-    tensors: dict[str, np.ndarray] = MappingProxyType({})
+    tensors: dict[str, np.ndarray] | None = None
     change: Estimate | None = None
 
 
@@ -202,12 +201,12 @@ class Keeper(keras.callbacks.Callback):
         measured = self.choose(row) if self.choose else None
         if measured is None:
             return False
-        tensors = dict(measured.tensors)
+        tensors = dict(measured.tensors or {})
         for name, network in self.model.networks.items():
             tensors.update(collect(named_variables(network), name))
         state = {**measured.state, "epoch": row["epoch"], "step": row["step"]}
-        change = measured.change.high if measured.change else None
-        self.run.save_best(self.stage, *measured.estimate, tensors, state, change)
+        change_high = None if measured.change is None else measured.change.high
+        self.run.save_best(self.stage, *measured.estimate, tensors, state, change_high)
         # Not what `save_best` returns: after a crash this epoch may have been kept already.
         best = self.run.best_state(self.stage)
         return best is not None and best["step"] == row["step"]

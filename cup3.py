@@ -71,7 +71,7 @@ class Generate:
     # a sentence, or the name of a class; give it again for more; a run without conditioning takes none
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     prompts: str | None = None  # text file with a sentence, or the name of a class, a line
-    # the newest checkpoint draws, in place of the one that KID chose
+    # draw with the newest checkpoint's averaged weights, not with those that KID or `evaluate` chose
     newest: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     count: int = 1  # pictures a sentence
     seed: int = 0  # of a sentence's first picture; the next ones have seed + 1, ...
@@ -247,10 +247,7 @@ def _main(argv):
 def _train(options):
     settings.check(options)
     _check_folders(options)
-    lines = (
-        f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in dataclasses.asdict(options).items()
-    )
-    print("{", ",\n".join(lines), "}", sep="\n", flush=True)  # JSON, a line for each part
+    print(_in_lines(dataclasses.asdict(options)), flush=True)
     with _without_notes():
         import stages  # TensorFlow takes seconds to import: only once the words are known to be right
 
@@ -259,6 +256,12 @@ def _train(options):
     except stages.Stopped as stop:
         print(f"\ncup3: {stop}", file=sys.stderr)
         raise SystemExit(128 + stop.signal) from None
+
+
+def _in_lines(entries):
+    """A dict as JSON with a line for each entry, however deep that is."""
+    lines = (f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in entries.items())
+    return "{\n" + ",\n".join(lines) + "\n}"
 
 
 def _check_folders(options):
@@ -350,21 +353,12 @@ def _data(options):
     )
     paper_flowers.write(out, train=options.train, test=options.test, size=options.size, seed=options.seed)
     if Path(out) != Path(FLOWERS):
-        side = next(side for side in range(options.size, 0, -1) if _trains_at(side))
-        note = (
-            "" if side == options.size else f", at {side} px, to which the networks' halvings come out even"
-        )
+        multiple = settings.size_multiple(settings.Config())
+        side = options.size - options.size % multiple
+        note = "" if side == options.size else f" (at {side} px: the networks take multiples of {multiple})"
         print(
             f"\nTrain on them{note}:\n   python cup3.py --data {out} --run runs/{Path(out).name} --image-size {side}"
         )
-
-
-def _trains_at(side):
-    """Whether the default networks take pictures of that side."""
-    with contextlib.suppress(InputError):
-        settings.check(settings.Config(image_size=side))
-        return True
-    return False
 
 
 def flowers_folder(options):

@@ -53,10 +53,16 @@ class _Trainer(keras.Model):
             self.test_function = self._function_of(self.test_step)
 
     def _function_of(self, step):
-        """The function of an iterator that Keras asks for, of one graph.
+        """What Keras calls at each step with an iterator: it takes the next batch and runs `step` on all replicas.
 
-        Keras puts a graph around the step's, which the first step waits for a second or two longer, and AutoGraph
-        reads every layer's source, which nothing here needs, for a second.
+        One graph does it. Keras' own puts a second one around that, and has AutoGraph read the source of every layer,
+        which nothing here needs: the first step waits for both.
+
+        Args:
+            step: batch -> dict of scalars, `train_step` or `test_step`.
+
+        Returns:
+            iterator -> dict of the scalars' means over the replicas.
         """
         strategy = self.distribute_strategy
 

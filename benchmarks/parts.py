@@ -84,7 +84,7 @@ def seconds_a_step(trainer, optimizer, batch):
     import tensorflow as tf
 
     trainer.compile(optimizer)
-    step = tf.function(trainer.train_step)
+    step = tf.function(trainer.train_step, autograph=False)
     step(batch)
     times = []
     for _ in range(STEPS):

@@ -74,6 +74,7 @@ class _Shown:
 
 def our_side(size, batch, steps):
     """(the U-Net, the text (2 B, T, D) with and without words, a function that draws uint8 (B, h, w, 3))."""
+    import keras
     import tensorflow as tf
 
     from diffusion.schedule import Process
@@ -84,6 +85,7 @@ def our_side(size, batch, steps):
     from model.unet import UNet
 
     length, width = size.context_shape
+    keras.utils.set_random_seed(0)  # so that every run draws the same; their side has the U-Net's weights
     vocabulary = Vocabulary.from_texts([" ".join(f"word{index}" for index in range(length))], length=length)
     text_encoder = VocabularyEncoder(vocabulary.size, length, width, layers=0)
     unet = UNet(4, **{name: value for name, value in size._asdict().items() if name != "latent_side"})
@@ -113,7 +115,7 @@ def their_side(size, context, batch, steps):
     from generate import noise_of
 
     attends = size.attention_levels
-    torch.manual_seed(0)  # its weights are new
+    torch.manual_seed(0)  # so that every run draws the same
     unet = UNet2DConditionModel(
         block_out_channels=size.level_channels,
         layers_per_block=size.blocks,

@@ -203,7 +203,7 @@ class RunFolder:
         high: float,
         tensors: dict,
         state: dict,
-        change: float | None = None,
+        change_high: float | None = None,
     ) -> bool:
         """Keeps `tensors` as the stage's best if `is_better` says so.
 
@@ -213,7 +213,7 @@ class RunFolder:
             low, high: its confidence interval; equal to `value` where there is none.
             tensors: arrays by name.
             state: what else to remember, such as "step", "epoch" and the metric's "protocol".
-            change: see `is_better`.
+            change_high: see `is_better`.
 
         Returns:
             Whether it was kept.
@@ -226,7 +226,7 @@ class RunFolder:
         if best is not None:
             protocols = {"protocol": plain(state.get("protocol"))}, {"protocol": best.get("protocol")}
             refuse_differences(folder, "protocol", *protocols)
-        if not is_better(value, best, change):
+        if not is_better(value, best, change_high):
             return False
         with self._writing(folder):
             state = {"value": value, "low": low, "high": high, **state}
@@ -240,7 +240,11 @@ class RunFolder:
 
     def best(self, stage: str) -> Saved | None:
         """The best so far; its state holds `value`, `low` and `high` too. InputError if damaged."""
-        return entries.read(self.path / "best" / stage)
+        folder = self.path / "best" / stage
+        try:
+            return entries.read(folder)
+        except InputError as damage:
+            raise InputError(f"{damage}; remove {folder} to have the best chosen anew") from damage
 
     # Averages: of the weights, now and then, from which others can be rebuilt.
 
@@ -331,25 +335,25 @@ class RunFolder:
             yield
 
 
-def is_better(value: float, best: dict | None, change: float | None = None) -> bool:
+def is_better(value: float, best: dict | None, change_high: float | None = None) -> bool:
     """Whether `value` of a metric, smaller is better, replaces the best so far.
 
-    What is not finite never wins, and the first finite value always does. After that the value must be lower by more
-    than its uncertainty: many epochs are compared, and the luckiest measurement of equal networks would otherwise win.
-    Where the change itself was measured, its interval must lie below 0; otherwise the value must lie below the interval
-    of the best, which is wider. That interval stays the best's own, so slow but steady progress leaves it in the end.
+    What is not finite never wins, and the first finite value always does. After that a value that is only lower does
+    not: many epochs are compared, and the luckiest measurement of equal networks would win. Where the change itself
+    was measured, its interval must lie below 0; otherwise the value must lie below the interval of the best. The
+    comparison is always with the best, so slow but steady progress wins in the end.
 
     Args:
         value: the new value.
         best: dict with "value" and "low", as `RunFolder.best_state` returns it, or None.
-        change: upper end of the interval of the change from the best's value to this one, or None.
+        change_high: upper end of the interval of what the value is less the best's, or None where it was not measured.
     """
     if not math.isfinite(value):
         return False
     if best is None or not _is_finite(best.get("value")):
         return True
-    if change is not None:
-        return bool(change < 0)
+    if change_high is not None:
+        return bool(change_high < 0)
     low = best.get("low")
     return bool(value < (low if _is_finite(low) else best["value"]))
 

@@ -22,6 +22,7 @@ from config.checks import (
     check_sampling,
     check_strength,
     check_weak,
+    size_multiple,
 )
 from config.presets import CUP3, PRESETS, conditioned, light, preset
 from config.settings import (
@@ -73,5 +74,6 @@ __all__ = [
     "light",
     "part",
     "preset",
+    "size_multiple",
     "to_dict",
 ]

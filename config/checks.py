@@ -50,16 +50,16 @@ def check(config: Config) -> None:
         )
     _check_widths(config)
     factor = 2 ** (len(config.vae.level_channels) - 1)
+    multiple = size_multiple(config)
     if config.image_size % factor:
         raise InputError(
             f"--image-size: received {config.image_size}, expected a multiple of {factor}, "
             "the factor of the autoencoder"
         )
-    latent_side, unet_factor = config.image_size // factor, 2 ** (len(config.unet.level_channels) - 1)
-    if latent_side % unet_factor:
+    if config.image_size % multiple:
         raise InputError(
-            f"--image-size: received {config.image_size}, whose latents of side {latent_side} the U-Net cannot halve "
-            f"{len(config.unet.level_channels) - 1} times; expected a multiple of {factor * unet_factor}"
+            f"--image-size: received {config.image_size}, whose latents of side {config.image_size // factor} the "
+            f"U-Net cannot halve {len(config.unet.level_channels) - 1} times; expected a multiple of {multiple}"
         )
     for name, value, most in _fractions(config):
         if not 0 <= value <= most:
@@ -76,6 +76,11 @@ def check(config: Config) -> None:
         raise InputError(f"--gpus: received {config.gpus!r}, expected all, none, or indices such as 0,2")
     if config.train_vae is False and config.vae_from is None:
         raise InputError("--no-train-vae: expected --vae-from, the run to take a trained autoencoder from")
+
+
+def size_multiple(config: Config) -> int:
+    """What the side of the pictures must be a multiple of, as each level of the autoencoder and the U-Net halves it."""
+    return 2 ** (len(config.vae.level_channels) + len(config.unet.level_channels) - 2)
 
 
 def check_interval(name, interval) -> None:

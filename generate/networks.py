@@ -16,11 +16,29 @@ from model.unet import UNet
 from model.vae import AutoencoderKL
 
 
+class Weights(NamedTuple):
+    """Which weights of a run draw, always averaged ones.
+
+    Attributes:
+        kind: "best" by KID; "newest"; or "average", of another length, that an evaluation has settled on.
+        step: of the training, that they are of.
+        length: of such an average, or None.
+    """
+
+    kind: str
+    step: int
+    length: float | None = None
+
+    def __str__(self):
+        length = "" if self.length is None else f" of length {self.length:g}"
+        return f"{self.kind}{length} of step {self.step}"
+
+
 class Networks(NamedTuple):
-    """All that drawing needs: the three networks, the process, the words, weaker networks or None, and a step or None.
+    """All that drawing needs: the three networks, the process, the words, weaker networks or None.
 
     The weak ones are of the same process and words, but trained less, or smaller; autoguidance leads away from them.
-    The step is that of the training from which the weights are.
+    `weights` tells where those that `load` reads were from.
     """
 
     vae: AutoencoderKL
@@ -29,7 +47,7 @@ class Networks(NamedTuple):
     process: Process
     vocabulary: Vocabulary
     weak: "Networks | None" = None
-    step: int | None = None
+    weights: Weights | None = None
 
 
 def make_vae(config: Config) -> AutoencoderKL:
@@ -51,7 +69,7 @@ def load(path, newest=False) -> tuple[Networks, Config]:
 
     Args:
         path: the run's folder.
-        newest: whether to take the newest checkpoint's weights, whatever their KID.
+        newest: whether to take those of the newest checkpoint, whatever KID or an evaluation has chosen.
 
     Raises:
         InputError: no run folder, or nothing trained in it yet.
@@ -59,7 +77,7 @@ def load(path, newest=False) -> tuple[Networks, Config]:
     run = RunFolder.read(path)
     config = from_dict(run.config, run=str(path))
     trained_vae = run.finished("vae")
-    saved = run.latest("diffusion") if newest else chosen_weights(run)
+    weights, saved = _weights_of(run, newest)
     if trained_vae is None or saved is None:
         raise InputError(
             f"{path}: received a run that has trained no U-Net yet; expected one with a checkpoint: "
@@ -71,7 +89,7 @@ def load(path, newest=False) -> tuple[Networks, Config]:
     assign(named_variables(unet), saved.tensors, "ema_unet", source=path)
     assign(named_variables(text_encoder), saved.tensors, "ema_text_encoder", source=path)
     process = Process(**part(config.diffusion))
-    networks = Networks(vae, text_encoder, unet, process, vocabulary, step=saved.step)
+    networks = Networks(vae, text_encoder, unet, process, vocabulary, weights=weights)
     if config.evaluation.autoguidance != 1:
         if any(step < saved.step for step in run.average_steps("diffusion")):
             networks = with_weak(networks, config)
@@ -87,12 +105,22 @@ def load(path, newest=False) -> tuple[Networks, Config]:
 def chosen_weights(run: RunFolder) -> Saved | None:
     """The weights of a run's U-Net and text encoder that draw: those that an evaluation has settled on, or else
     `trained_weights`."""
-    return run.finished("diffusion") or trained_weights(run)
+    return _weights_of(run)[1]
 
 
 def trained_weights(run: RunFolder) -> Saved | None:
     """The weights that training has chosen: the best checkpoint's, or the newest's where none is best yet."""
     return run.best("diffusion") or run.latest("diffusion")
+
+
+def _weights_of(run, newest=False):
+    """(`Weights`, `Saved`) of those that `load` takes; (None, None) before there are any."""
+    average = None if newest else run.finished("diffusion")
+    if average is not None:
+        return Weights("average", average.step, average.state["length"]), average
+    best = None if newest else run.best("diffusion")
+    saved = best or run.latest("diffusion")
+    return saved and Weights("best" if best else "newest", saved.step), saved
 
 
 def snapshots_of(run: RunFolder) -> list[int]:
@@ -120,13 +148,14 @@ def with_weak(networks: Networks, config: Config, share=None) -> Networks:
     """
     run, share = RunFolder.read(config.run), config.evaluation.weak if share is None else share
     earliest, *_ = snapshots_of(run)
-    if earliest >= networks.step:
+    step = networks.weights.step
+    if earliest >= step:
         raise InputError(
             f"{run.path}: received a run whose first averages are of step {earliest}, expected some from before "
-            f"step {networks.step}, whose weights draw"
+            f"step {step}, whose weights draw"
         )
     networks = _with_new_weak(networks)
-    _weaken(networks, run, share, networks.step)
+    _weaken(networks, run, share, step)
     return networks
 
 
@@ -155,7 +184,8 @@ def lead_away(painter, run: RunFolder, evaluation: EvaluationConfig, step) -> in
 def _with_new_weak(networks):
     made = (type(own).from_config(own.get_config()) for own in (networks.unet, networks.text_encoder))
     unet, text_encoder = made
-    return networks._replace(weak=networks._replace(unet=unet, text_encoder=text_encoder, weak=None))
+    weak = networks._replace(unet=unet, text_encoder=text_encoder, weak=None, weights=None)
+    return networks._replace(weak=weak)
 
 
 def _weaken(networks, run, share, step):

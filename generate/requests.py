@@ -94,8 +94,9 @@ def between(
         tokens.repeat(frames, axis=0), np.full(frames, seed), progress, way, on_step, **settings
     )
     ends = (f"seed {seed}", f"seed {to_seed}") if to_prompt is None else (prompt, to_prompt)
-    for image, share in zip(images, shares, strict=True):
-        yield Picture(image, prompt, seed, float(share), ends)
+    captions = [ends[0], *(f"{100 * share:.0f} % of the way" for share in shares[1:-1]), ends[1]]
+    for image, share, caption in zip(images, shares, captions, strict=True):
+        yield Picture(image, prompt, seed, float(share), caption)
 
 
 def _read_tokens(painter, prompts, negative=None, settings=()):
@@ -190,7 +191,7 @@ class Request(NamedTuple):
     Args:
         prompt, prompts: sentences or names of classes, and a text file with one a line, or None; neither for a run
             without conditioning.
-        newest: whether the newest checkpoint draws, see `load`.
+        newest: whether the weights of the newest checkpoint draw, see `load`.
         count, seed: see `generate`.
         sampler, spacing, steps, guidance, guidance_interval: the sampler, its times and their number, the strength of
             guidance and the times it acts at; None takes the run's.
@@ -262,7 +263,7 @@ def write_pictures(run, prompt=(), prompts=None, **flags):
     _warn_of_unknown(run, networks.vocabulary, [*texts, *filter(None, (asked.negative, asked.to_prompt))])
     networks, led = _led(asked, networks, config, settings)
     painter = Painter(networks, config.image_size, asked.batch_size)
-    written = {"run": run, "step": networks.step, **_written(settings, asked), **led}
+    written = {"run": run, "weights": networks.weights, **_written(settings, asked), **led}
     previews = collections.defaultdict(list)
     settings |= {"progress": "drawing", "on_step": _collect(previews) if asked.show_steps else None}
     if asked.to_prompt is None and asked.to_seed is None:
@@ -271,20 +272,18 @@ def write_pictures(run, prompt=(), prompts=None, **flags):
         way = asked.to_prompt, asked.seed, asked.to_seed, asked.frames or FRAMES
         pictures = between(painter, texts[0], *way, **settings)
     paths = _save(pictures, Path(asked.out), previews, asked.gif, **written)
-    _tell_weights(RunFolder.read(run), networks.step)
+    print(f"by the weights: {networks.weights}{_other_weights(RunFolder.read(run), networks.weights)}")
     return paths
 
 
-def _tell_weights(run, step):
-    """Tells of which step the weights were that have drawn, where a user may expect others."""
-    steps = run.checkpoint_steps("diffusion")
+def _other_weights(run, weights):
+    """What a user may want to know of the run's other weights, present and to come."""
+    told, steps = "", run.checkpoint_steps("diffusion")
+    if steps and weights.kind != "newest" and weights != ("best", steps[-1], None):
+        told += f"; the newest, of step {steps[-1]}, draw with --newest"
     if not run.is_finished:
-        print(f"{run.path} is still to be trained: this is step {step}; its training command goes on")
-    elif steps and step < steps[-1]:
-        print(
-            f"drawn by the weights of step {step}, which KID has chosen, not by the last, of step {steps[-1]}; "
-            "those draw with --newest"
-        )
+        told += "; the training is not finished, and its command goes on"
+    return told
 
 
 def _led(asked, networks, config, settings):

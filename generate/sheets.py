@@ -12,23 +12,20 @@ from files import atomic_file
 class Picture(NamedTuple):
     """A drawn picture, uint8 (H, W, 3), and what it was drawn from.
 
-    `share` is how far it lies on the way to another prompt or seed, 0 to 1, or None; `ends` are the captions there.
+    `share` is how far it lies on the way to another prompt or seed, 0 to 1, or None. `label` is its caption in a grid;
+    without one that is the prompt, and without a prompt the seed.
     """
 
     image: np.ndarray
     prompt: str
     seed: int
     share: float | None = None
-    ends: tuple[str, str] | None = None
+    label: str | None = None
 
     @property
     def caption(self):
-        """What stands below it in a grid: its prompt, without one its seed, or how far on a way it is."""
-        if self.share is None:
-            return self.prompt or f"seed {self.seed}"
-        if self.ends and self.share in (0, 1):
-            return self.ends[int(self.share)]
-        return f"{100 * self.share:.0f} % of the way"
+        """What stands below it in a grid."""
+        return self.label or self.prompt or f"seed {self.seed}"
 
 
 def save_png(picture: Picture, path, **settings):

@@ -22,7 +22,7 @@ from stages.fitting import steps_an_epoch
 from stages.latent_diffusion import latents_of, text_encoder_from, trained_diffusion
 
 PROBED_CAPTIONS = 256
-FEW_STEPS = 200  # of the U-Net; after as many the default run's flowers are still ragged
+FEW_STEPS = 200  # of the U-Net: the flowers of the default run are ragged until then
 PROBED_ATTRIBUTES = ("petal_color", "center_color", "petals")
 
 
@@ -68,7 +68,10 @@ def train(config: settings.Config) -> Path:
 
 def _train(config, run, data, strategy, signals):
     judge = config.evaluation
-    _note_few_steps(config, len(data.train_ids))
+    if not run.checkpoint_steps("vae") + run.checkpoint_steps(
+        "diffusion"
+    ):  # or it is too late for other settings
+        _note_few_steps(config.training, len(data.train_ids))
     # First of all, so that what cannot be had is refused before anything is trained.
     features = FeatureNetwork(judge.network, judge.size, judge.weights)
     text = text_encoder_from(config, data.vocabulary) if config.text_from else None
@@ -82,14 +85,13 @@ def _train(config, run, data, strategy, signals):
         _pictures(config, run, data, trainer)
 
 
-def _note_few_steps(config, pictures):
+def _note_few_steps(stage, pictures):
     """Says beforehand that a training will be too short to show anything, as the defaults make it on few pictures."""
-    stage = config.training
-    an_epoch = steps_an_epoch(stage, pictures)
-    if stage.epochs * an_epoch < FEW_STEPS:
+    steps = stage.epochs * steps_an_epoch(stage, pictures)
+    if steps < FEW_STEPS:
         print(
-            f"   note: {stage.epochs} epochs of {an_epoch} step{'s' * (an_epoch != 1)} are few for a U-Net, whose "
-            f"pictures stay blots; give --training.steps-per-epoch {-(-FEW_STEPS // stage.epochs)} or far more"
+            f"   note: {steps} step{'s' * (steps != 1)} of the U-Net in all are too few for more than blots; for more, "
+            "begin another run (--run) with more --epochs, or --training.steps-per-epoch 100 or more"
         )
 
 

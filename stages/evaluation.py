@@ -1,7 +1,7 @@
 """The order of the work: a trained run's KID, and which average of its weights has the least."""
 
 import config as settings
-from checkpoint import RunFolder, assign, named_variables
+from checkpoint import RunFolder, assign, is_better, named_variables
 from errors import InputError
 from evaluate import plot_sweep
 from files import atomic_file
@@ -110,7 +110,7 @@ def _swept(run, measure):
     with atomic_file(run.sweep_path) as file:
         plot_sweep(rows, trained.value, file)
     best = min(rows, key=lambda row: row["kid"]["value"])
-    adopted = best["difference"]["high"] < 0
+    adopted = is_better(best["kid"]["value"], trained._asdict(), best["difference"]["high"])
     if adopted:
         _adopt(run, saved.tensors | rebuilt_average(run, best["length"]), best["length"])
     else:

@@ -8,18 +8,17 @@ import averages
 import config as settings
 import input_pipeline as pipeline
 import parallel
-from callbacks import Keeper, Measured
+from callbacks import Keeper
 from checkpoint import RunFolder, assign, named_variables
 from diffusion.schedule import Process
 from diffusion.times import training_times
 from errors import InputError
 from files import fingerprint
-from generate import Networks, chosen_weights, drawing, lead_away, make_diffusion
+from generate import Networks, chosen_weights, drawing, make_diffusion
 from metrics import Protocol
 from stages.fitting import fit, optimizer_of, steps_an_epoch
+from stages.judgement import Judgement
 from trainer import KID, LatentDiffusionTrainer
-
-KID_FEATURES = "kid_features"  # of the best checkpoint's pictures, beside its weights
 
 
 def latents_of(config, run, data, vae):
@@ -76,7 +75,9 @@ def trained_diffusion(config, run, data, vae, latents, features, text, strategy,
     with strategy.scope():
         trainer = _trainer(config, data, vae, features, text)
         trainer.compile(optimizer_of(trainer, stage, steps_per_epoch))
-    keeper.before_test, keeper.finish_row, keeper.choose = _judgement(config, run, data, trainer)
+    judge = config.evaluation
+    protocol = protocol_of(config, trainer.kid_metric, len(data.validation_ids), len(trainer.kid_tokens))
+    Judgement(run, trainer, judge, protocol, data.shown_tokens[: judge.previews]).ask(keeper)
     stream = {
         "captions": data.captions,
         "vocabulary": data.vocabulary,
@@ -124,36 +125,6 @@ def _trainer(config, data, vae, features, text):
         input_perturbation=config.training.input_perturbation,
         power_averages=config.training.snapshots > 0,
     )
-
-
-def _judgement(config, run, data, trainer):
-    """What the `Keeper` asks at the end of an epoch: (`before_test`, `finish_row`, `choose`)."""
-    judge = config.evaluation
-    protocol = protocol_of(config, trainer.kid_metric, len(data.validation_ids), len(trainer.kid_tokens))
-    shown_tokens = data.shown_tokens[: judge.previews]
-    weak = {"weak_step": None}
-
-    def before_test(step):
-        weak["weak_step"] = lead_away(trainer.painter, run, judge, step)
-
-    def finish_row(epoch, row):
-        trainer.plot_images(shown_tokens, run.sample_path(f"epoch_{epoch + 1:03d}.png"))
-        if "val_kid" not in row:
-            return {}
-        estimate, floor = trainer.kid_metric.estimate(), trainer.kid_metric.floor()
-        measured = {"val_kid_low": estimate.low, "val_kid_high": estimate.high, "val_kid_floor": floor.value}
-        return {**measured, **weak, "protocol": protocol}
-
-    def choose(row):
-        if "val_kid" not in row:
-            return None
-        kid, best = trainer.kid_metric, run.best("diffusion")
-        former = best.tensors.get(KID_FEATURES) if best else None
-        change = None if former is None else kid.less(former)
-        state = {**weak, "protocol": protocol}
-        return Measured(kid.estimate(), state, {KID_FEATURES: kid.features()}, change)
-
-    return before_test, finish_row, choose
 
 
 def protocol_of(config, kid, n_real, n_generated) -> dict:

@@ -59,7 +59,7 @@ def diffusion_tensors(networks, scale=1.0):
 
 def denoiser(networks, prompt):
     """`denoise` of a picture without guidance, by the networks themselves."""
-    _, text_encoder, unet, process, vocabulary, _ = networks
+    _, text_encoder, unet, process, vocabulary, *_ = networks
     tokens, mask = map(tf.constant, vocabulary.encode([prompt]))
     context = text_encoder([tokens, mask])
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -137,8 +138,8 @@ def test_the_other_commands_have_their_settings():
     assert cup3.parse(line) == ("generate", expected)
     line = "generate --prompt a --to-prompt b --to-seed -2 --frames 5 --gif --show-steps --threshold 0.99".split()
     expected = cup3.Generate(prompt=("a",), to_prompt="b", to_seed=-2, frames=5, threshold=0.99)
-    expected = dataclasses.replace(expected, gif=True, show_steps=True, threshold_limit=2.5)
-    assert cup3.parse([*line, "--threshold-limit", "2.5"]) == ("generate", expected)
+    expected = dataclasses.replace(expected, gif=True, show_steps=True, threshold_limit=2.5, newest=True)
+    assert cup3.parse([*line, "--threshold-limit", "2.5", "--newest"]) == ("generate", expected)
     assert cup3.parse(["data", "--train", "7"]) == ("data", cup3.Data(train=7))
 
 
@@ -150,7 +151,9 @@ def test_train_generate_and_data_reach_their_functions(monkeypatch, capsys):
         paper_flowers, "write", lambda folder, **numbers: calls.update(data=(folder, numbers))
     )
     assert cup3.main(["--seed", "5"]) == 0
-    assert '"seed": 5' in capsys.readouterr().out  # a run prints its config
+    *_, printed = capsys.readouterr().out.partition("{\n")  # a run prints its config, an entry a line
+    assert json.loads("{" + printed)["seed"] == 5
+    assert printed.count("\n") == len(dataclasses.fields(Config)) + 1
     with RunFolder.open("runs/paper-flowers", {}):
         pass
     assert cup3.main(["generate", "--prompt", "x", "--out", "o"]) == 0
@@ -399,28 +402,30 @@ def test_a_run_that_is_missing_is_refused_with_those_that_are_there(tmp_path, ca
 
 
 @pytest.mark.parametrize(
-    ("words", "folder", "training"),
+    ("words", "folder", "side"),
     [
         ([], "dataset/paper_flowers", None),
-        (["--train", "40"], "dataset/paper_flowers-train40", "--image-size 64"),
-        (["--size", "40", "--seed", "2"], "dataset/paper_flowers-size40-seed2", "--image-size 32"),
-        (["--train", "40", "--out", "here"], "here", "--image-size 64"),
+        (["--train", "40"], "dataset/paper_flowers-train40", 64),
+        (["--size", "96"], "dataset/paper_flowers-size96", 96),
+        (["--size", "40", "--seed", "2"], "dataset/paper_flowers-size40-seed2", 32),
+        (["--train", "40", "--out", "here"], "here", 64),
     ],
 )
-def test_flowers_of_other_numbers_get_a_folder_of_their_own(monkeypatch, capsys, words, folder, training):
+def test_flowers_of_other_numbers_get_a_folder_of_their_own(monkeypatch, capsys, words, folder, side):
     drawn = []
     monkeypatch.setattr(paper_flowers, "write", lambda folder, **numbers: drawn.append(folder))
     assert cup3.main(["data", *words]) == 0
     assert drawn == [folder]
     shown = capsys.readouterr().out
-    if training is None:
+    if side is None:
         assert "--data" not in shown
     else:
-        name = Path(folder).name
-        line = f"   python cup3.py --data {folder} --run runs/{name} {training}".rstrip()
-        note = ", at 32 px, to which the networks' halvings come out even" if "--size" in words else ""
+        note = " (at 32 px: the networks take multiples of 16)" if side == 32 else ""
+        line = f"   python cup3.py --data {folder} --run runs/{Path(folder).name} --image-size {side}"
         assert shown.endswith(f"\nTrain on them{note}:\n{line}\n")
-        assert cup3.parse(shlex.split(line)[2:])[1].data == folder
+        parsed = cup3.parse(shlex.split(line)[2:])[1]
+        assert (parsed.data, parsed.image_size) == (folder, side)
+        settings.check(parsed)
 
 
 # As a user meets it: processes of their own.

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from callbacks import Interrupted, Keeper, Measured, Signals
+from callbacks import Interrupted, Keeper, Signals
 from checkpoint import RunFolder
+from config import EvaluationConfig
 from input_pipeline import Latents, latent_batches, validation_batches
 from metrics import KID
 from optimizers import adamw, warmup_cosine
 from stages.fitting import fit
+from stages.judgement import Judgement
 from tests.tiny_runs import EPOCHS, STEPS, assert_same, without_seconds
 from trainer import LatentDiffusionTrainer
 
@@ -85,11 +87,6 @@ class StoppingKeeper(Keeper):
         return super()._keep_best(row)
 
 
-def interval(metric):
-    _, low, high = metric.estimate()
-    return {"val_kid_low": low, "val_kid_high": high, "val_kid_floor": metric.floor().value}
-
-
 def work(trainer, folder, stop=None):
     """Runs the stage, or what is left of it; returns whether it came to its end."""
     vocabulary = trainer.painter.networks.vocabulary
@@ -99,10 +96,8 @@ def work(trainer, folder, stop=None):
     with RunFolder.open(folder, {"seed": 0}) as run, Signals() as signals:
         keeper = StoppingKeeper(run, "diffusion", STEPS, signals, EPOCHS)
         trainer.kid_metric.feature_network.visited = keeper.in_validation
-        keeper.finish_row = lambda epoch, row: interval(trainer.kid_metric)
-        keeper.choose = lambda row: Measured(
-            trainer.kid_metric.estimate(), {"protocol": {"network": "colours"}}
-        )
+        shown = np.stack(captions())[:1, 0]
+        Judgement(run, trainer, EvaluationConfig(autoguidance=1.0), {"network": "colours"}, shown).ask(keeper)
         keeper.before_test = lambda step: trainer.tested_at.append(step)
         keeper.stop = stop
         try:
@@ -163,6 +158,7 @@ def test_a_stopped_and_resumed_training_equals_one_that_was_not(
     run = RunFolder.read(tmp_path / "run")
     assert without_seconds(run.rows()) == without_seconds(rows)
     assert [row["epoch"] for row in rows] == [1, 2]
+    assert ["val_kid_change" in row for row in rows] == [False, True]
     assert run.best("diffusion").state == best.state
     assert_same(run.best("diffusion").tensors, best.tensors)
 

@@ -203,6 +203,23 @@ def test_a_damaged_average_is_passed_over_with_a_warning(run_of_networks, networ
         assert lead_away(painter, run_of_networks, LED, 1200) == 800
 
 
+def test_the_newest_weights_are_led_away_from_what_they_were(tmp_path, run_path, networks):
+    shutil.copytree(run_path, tmp_path / "run")
+    with RunFolder.open(tmp_path / "run", to_dict(DRAWN_CONFIG)) as run:
+        run.save("diffusion", 800, diffusion_tensors(networks), {})
+        run.save_best("diffusion", 0.01, 0.005, 0.015, diffusion_tensors(networks), {"step": 1600})
+        run.finish("diffusion", diffusion_tensors(networks), {"step": 1600, "length": 0.05})
+        keep_networks(run, networks)
+    told = {newest: load(tmp_path / "run", newest)[0].weights for newest in (False, True)}
+    assert told == {False: ("average", 1600, 0.05), True: ("newest", 800, None)}
+    shares = {}
+    for newest in (False, True):
+        led = with_weak(*load(tmp_path / "run", newest), 0.5)
+        assert led.weak.weights is None
+        shares[newest] = weak_share(Painter(led, 16))
+    assert shares == {False: 0.8, True: 0.4}
+
+
 def test_weak_networks_of_two_shares_are_two(tmp_path, run_path, networks):
     shutil.copytree(run_path, tmp_path / "run")
     with RunFolder.open(tmp_path / "run", to_dict(DRAWN_CONFIG)) as run:

@@ -87,7 +87,7 @@ def test_the_compiled_painter_is_ddim_with_guidance_by_hand(
     networks, painter, guidance, interval, negative, rescale
 ):
     # Song et al. 2021, equation 12 with eta = 0; Ho & Salimans 2022, equation 6; Lin et al. 2023, equations 14 to 16.
-    vae, text_encoder, unet, process, vocabulary, _ = networks
+    vae, text_encoder, unet, process, vocabulary, *_ = networks
     tokens, mask = vocabulary.encode(PROMPTS[:1])
     texts = [(tokens, mask), (vocabulary.empty()[None], vocabulary.mask(vocabulary.empty()[None]))]
     if negative:
@@ -295,7 +295,7 @@ def test_strength_1_takes_nothing_of_the_picture(painter):
 
 def test_drawing_from_a_picture_is_the_last_steps_from_its_latents(networks, painter):
     # Meng et al. 2022: x at the first time left is the picture's latents with that time's noise; then DDIM.
-    vae, text_encoder, unet, process, vocabulary, _ = networks
+    vae, text_encoder, unet, process, vocabulary, *_ = networks
     tokens, mask = map(tf.constant, vocabulary.encode(PROMPTS[:1]))
     context, noise = text_encoder([tokens, mask]), np.asarray(noise_of(np.array([9]), (8, 8, 2)))
     latents = np.asarray(vae.encode(tf.constant(some_picture()[None] / np.float32(127.5) - 1))[0])

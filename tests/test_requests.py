@@ -18,6 +18,7 @@ from errors import InputError
 from generate import (
     Painter,
     captioned_grid,
+    load,
     write_pictures,
 )
 from input_pipeline import Labels, read_pictures
@@ -107,7 +108,7 @@ def test_every_picture_is_a_png_that_says_what_it_is(run_path, painter, tmp_path
                 "autoguidance": "1.0",
                 "guidance_interval": "(0.0, 0.5)",
                 "run": str(run_path),
-                "step": "3",
+                "weights": "best of step 3",
             }
     grid = captioned_grid([picture.image for picture in expected], [picture.prompt for picture in expected])
     with Image.open(tmp_path / "a" / "b" / "grid.png") as file:
@@ -127,19 +128,40 @@ def test_the_newest_weights_draw_where_they_are_asked_for(run_path, networks, tm
     (expected,) = drawn(newest, PROMPTS[:1], **settings, interval=DRAWN_CONFIG.evaluation.guidance_interval)
     with Image.open(path) as file:
         np.testing.assert_allclose(np.asarray(file).astype(int), expected.image, atol=1)
-        assert file.text["step"] == "6"
-    assert f"{run_path} is still to be trained: this is step 6" in capsys.readouterr().out
+        assert file.text["weights"] == "newest of step 6"
+    told = "by the weights: newest of step 6; the training is not finished, and its command goes on"
+    assert capsys.readouterr().out.splitlines()[1] == told
 
 
-@pytest.mark.parametrize("newest", [False, True])
-def test_which_weights_drew_is_told_where_they_are_not_the_last(run_path, tmp_path, capsys, newest):
+OTHERS = "; the newest, of step 6, draw with --newest"
+
+
+@pytest.mark.parametrize(
+    ("best", "average", "newest", "told"),
+    [
+        (3, False, False, f"best of step 3{OTHERS}"),
+        (3, False, True, "newest of step 6"),
+        (6, False, False, "best of step 6"),
+        (3, True, False, f"average of length 0.05 of step 6{OTHERS}"),
+        (3, True, True, "newest of step 6"),
+    ],
+)
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_which_weights_drew_is_told(
+    run_path, networks, tmp_path, capsys, best, average, newest, told, is_finished
+):
     shutil.copytree(run_path, tmp_path / "run")
-    (tmp_path / "run" / "curves.png").touch()  # it is finished
-    write_pictures(tmp_path / "run", PROMPTS[:1], newest=newest, steps=1, out=tmp_path / "out")
-    first, *others = capsys.readouterr().out.splitlines()
-    assert first == f"1 picture and grid.png in {tmp_path / 'out'}"
-    told = "drawn by the weights of step 3, which KID has chosen, not by the last, of step 6; those draw with --newest"
-    assert others == ([] if newest else [told])
+    with RunFolder.open(tmp_path / "run", to_dict(DRAWN_CONFIG)) as run:
+        if best == 6:
+            run.save_best("diffusion", 0.01, 0.0, 0.02, diffusion_tensors(networks), {"step": 6})
+        if average:
+            run.finish("diffusion", diffusion_tensors(networks), {"step": 6, "length": 0.05})
+        if is_finished:
+            run.curves_path.touch()
+    loaded = load(run.path, newest)[0].weights
+    end = "" if is_finished else "; the training is not finished, and its command goes on"
+    assert f"{loaded}" == told.partition(";")[0]
+    assert generate.requests._other_weights(run, loaded) == told.removeprefix(f"{loaded}") + end
 
 
 def test_a_picture_and_its_mask_are_read_as_for_training(run_path, painter, tmp_path):
@@ -309,6 +331,8 @@ def test_frames_are_files_that_say_how_far_they_are(run_path, painter, tmp_path,
     assert [picture.share for picture in expected] == [0, 0.25, 0.5, 0.75, 1]
     way = [f"{share} % of the way" for share in (25, 50, 75)]
     assert [picture.caption for picture in expected] == [PROMPTS[0], *way, "two green zebras"]
+    between_seeds = generate.between(painter, PROMPTS[0], **{**settings, "frames": 2}, to_seed=9)
+    assert [picture.caption for picture in between_seeds] == ["seed 3", "seed 9"]
     for path, picture in zip(paths, expected, strict=True):
         with Image.open(path) as file:
             np.testing.assert_allclose(np.asarray(file).astype(int), picture.image, atol=1)

@@ -195,12 +195,21 @@ def test_is_better(value, best, wins):
         (0.049, BEST, -0.001, True),  # inside the interval of the best, but surely lower
         (0.01, BEST, 0.001, False),  # below it, but not surely lower
         (0.01, BEST, math.nan, False),
+        (0.01, BEST, 0.0, False),  # the very same pictures
         (math.nan, BEST, -0.001, False),
         (0.9, None, 0.001, True),
     ],
 )
 def test_a_measured_change_decides(value, best, change, wins):
     assert is_better(value, best, change) is wins
+
+
+def test_a_damaged_best_is_refused_with_a_way_out(run):
+    run.save_best("unet", 0.3, 0.2, 0.4, tensors(1), {"step": 1})
+    (file,) = (run.path / "best").glob("unet/*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"damaged: .*; remove .*best.unet to have the best chosen anew$"):
+        run.best("unet")
 
 
 def test_the_best_survives_a_resume(run):

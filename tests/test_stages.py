@@ -23,7 +23,7 @@ import config as settings
 import cup3
 import stages
 from checkpoint import RunFolder
-from config import checks
+from config import TrainingConfig, checks
 from diffusion.times import TIMES
 from generate import load
 from optimizers import OPTIMIZERS
@@ -138,8 +138,7 @@ def test_the_run_says_what_it_does_and_where_things_are(finished, flowers):
         assert re.search(rf"^   {stage}: \d+\.\d s$", printed, re.MULTILINE)
     assert "48 pictures of 32 px, 6 of them for validation" in printed
     assert re.search(rf"^   from {flowers}$", printed, re.MULTILINE)
-    few = "2 epochs of 3 steps are few for a U-Net, whose pictures stay blots"
-    note = f"note: {few}; give --training.steps-per-epoch 100 or far more"
+    note = "note: 6 steps of the U-Net in all are too few"
     assert printed.count("note: ") == printed.count(note) == 1  # the other is for the built-in data
     assert re.search(r"^training on (GPU:|the CPU: )", printed, re.MULTILINE)
     assert re.search(r"^   of 8 test captions the pictures follow: petal color", printed, re.MULTILINE)
@@ -147,6 +146,14 @@ def test_the_run_says_what_it_does_and_where_things_are(finished, flowers):
     assert f"of epoch {best['epoch']}, KID {best['value']:.4f}" in printed
     assert f'python cup3.py generate --run {folder} --prompt "' in printed
     assert json.loads(printed[: printed.index("\n}") + 2])["image_size"] == 32
+
+
+@pytest.mark.parametrize(
+    ("epochs", "pictures", "noted"), [(1, 3199, True), (1, 3200, False), (200, 5, False)]
+)
+def test_few_steps_are_noted(capsys, epochs, pictures, noted):
+    stages._note_few_steps(TrainingConfig(epochs=epochs, batch_size=16), pictures)
+    assert ("too few for more than blots" in capsys.readouterr().out) is noted
 
 
 def test_the_command_that_it_ends_with_draws_a_picture(finished, tmp_path, capsys):

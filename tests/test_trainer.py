@@ -157,6 +157,40 @@ def fit_vae(strategy, _, micro_batches):
     return two_epochs(trainer, training, validation)
 
 
+class CountingTrainer(VAETrainer):
+    """Counts how often Python goes through the losses of training and of validation."""
+
+    def sample_losses(self, batch, training):
+        self.counts[training] += 1
+        return super().sample_losses(batch, training)
+
+
+def test_a_step_is_traced_once_and_does_what_it_does_eagerly():
+    pixels = np.random.default_rng(0).uniform(-1, 1, (4, IMAGE_SIZE, IMAGE_SIZE, 3)).astype("float32")
+    batch = {"pixels": pixels, "posterior_noise": np.zeros((4, *LATENT_SHAPE), "float32")}
+    batches = tf.data.Dataset.from_tensors({**batch, "weight": np.ones(4, "float32")}).repeat(6)
+    ends = {}
+    for run_eagerly in (False, True):
+        keras.utils.set_random_seed(2)
+        trainer = CountingTrainer(LightVAE(), "mse", 1e-2, micro_batches=1)
+        trainer.counts = {False: 0, True: 0}
+        optimizer = adamw(trainer.trained_variables, learning_rate=0.01, weight_decay=0.1, clip_norm=1.0)
+        for _ in range(2):  # a new `compile` makes new functions
+            trainer.compile(optimizer, run_eagerly=run_eagerly)
+            trainer.fit(
+                batches,
+                steps_per_epoch=3,
+                epochs=2,
+                validation_data=batches.take(2),
+                shuffle=False,
+                verbose=0,
+            )
+        ends[run_eagerly] = arrays(trainer.trained_variables)
+        assert trainer.counts == ({True: 12, False: 8} if run_eagerly else {True: 2, False: 2})
+    for compiled, eager in zip(*ends.values(), strict=True):
+        np.testing.assert_allclose(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def often():
     """Power averages are updated within the few steps of these trainings."""
