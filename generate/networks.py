@@ -117,7 +117,7 @@ def _weights_of(run, newest=False):
     """(`Weights`, `Saved`) of those that `load` takes; (None, None) before there are any."""
     average = None if newest else run.finished("diffusion")
     if average is not None:
-        return Weights("average", average.step, average.state["length"]), average
+        return Weights("average", average.step, average.state.get("length")), average
     best = None if newest else run.best("diffusion")
     saved = best or run.latest("diffusion")
     return saved and Weights("best" if best else "newest", saved.step), saved

@@ -2,6 +2,7 @@
 
 from callbacks import Measured
 from generate import lead_away
+from metrics import Estimate
 
 KID_FEATURES = "kid_features"  # of the best checkpoint's pictures, beside its weights
 
@@ -43,7 +44,7 @@ class Judgement:
         self._measured = self._measure(row["step"]) if "val_kid" in row else None
         if self._measured is None:
             return {}
-        estimate, state, _, change = self._measured
+        estimate, _, _, change = self._measured
         entries = {
             "low": estimate.low,
             "high": estimate.high,
@@ -51,7 +52,8 @@ class Judgement:
         }
         if change is not None:
             entries |= {"change": change.value, "change_low": change.low, "change_high": change.high}
-        return {f"val_kid_{name}": value for name, value in entries.items()} | state
+        named = {f"val_kid_{name}": value for name, value in entries.items()}
+        return {**named, "weak_step": self._weak_step, "protocol": self._protocol}
 
     def choose(self, row):
         """The `Measured` of the row that was finished last, or None."""
@@ -61,8 +63,13 @@ class Judgement:
         kid, best = self._trainer.kid_metric, self._run.best_state("diffusion")
         own, former = kid.features(), self._features.get(best["step"]) if best else None
         self._features = {step: own} | ({best["step"]: former} if best else {})
-        # Of other numbers of pictures there is no difference; `save_best` refuses them by their protocol.
-        comparable = former is not None and former.shape == own.shape
-        change = kid.less(former) if comparable else None
-        state = {"weak_step": self._weak_step, "protocol": self._protocol}
+        if best and best["step"] == step:  # a crash came after it was kept: what it was better than is gone
+            change = best.get("change") and Estimate(*best["change"])
+        elif (
+            former is None or former.shape != own.shape
+        ):  # `save_best` refuses other numbers by their protocol
+            change = None
+        else:
+            change = kid.less(former)
+        state = {"weak_step": self._weak_step, "protocol": self._protocol, "change": change}
         return Measured(kid.estimate(), state, {KID_FEATURES: own}, change)

@@ -86,7 +86,9 @@ def test_the_first_is_measured_and_the_next_compared_with_the_best(run, trainer)
     assert kept == [True, False, True]
     np.testing.assert_array_equal(run.best("diffusion").tensors[KID_FEATURES], drawn[2])
     assert judge(judged, trainer, 4, drawn[2])[1].change.value == 0
-    assert trainer.shown == [([1, 2], f"epoch_{epoch:03d}.png") for epoch in (1, 2, 3, 4)]
+    again = judge(judgement(run, trainer), trainer, 3, drawn[2])  # as after a crash before the checkpoint
+    assert again[1].change == kid_difference(features(0, n=30), drawn[2], drawn[0])
+    assert trainer.shown == [([1, 2], f"epoch_{epoch:03d}.png") for epoch in (1, 2, 3, 4, 3)]
 
 
 def test_a_resumed_run_compares_with_the_best_of_before(run, trainer):
