@@ -277,6 +277,7 @@ def _check_folders(options):
 
 def _generate(options):
     _check_request(options)
+    print(f"reading {options.run}; a drawing takes some seconds to begin", flush=True)
     with _without_notes():
         import generate
 

@@ -66,6 +66,7 @@ def plot_curves(rows, path):
         for name in ("loss", "val_loss"):
             axis.plot([row["epoch"] for row in own], [row[name] for row in own], marker="o", label=name)
         axis.set(title=stage, xlabel="epoch", ylabel="loss")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend()
     if has_kid:
         _plot_kid(axes[0][-1], has_kid)
@@ -88,6 +89,7 @@ def _plot_kid(axis, rows):
         [row["epoch"] for row in best], [row["val_kid"] for row in best], "*", markersize=14, label="best"
     )
     axis.set(title="KID", xlabel="epoch")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     # The floor, which may lie below zero, shows beside the values.
-    axis.set_ylim(bottom=min(0.0, *lows, floor or 0.0))
+    axis.set_ylim(bottom=min(0.0, *lows, 1.2 * (floor or 0.0)))
     axis.legend()

@@ -135,7 +135,7 @@ def _check_prompts(vocabulary, prompts, count, seed):
 def _check_steps(asked, flag):
     steps, strength = asked.steps, asked.strength
     if steps < 1:
-        raise InputError(f"steps: received {steps}, expected at least 1")
+        raise InputError(f"{flag}steps: received {steps}, expected at least 1")
     check_sampling(flag, asked.sampler, asked.spacing, steps)
     if not 0 < strength <= 1:
         raise InputError(f"{flag}strength: received {strength}, expected more than 0 and at most 1")

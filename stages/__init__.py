@@ -140,4 +140,16 @@ def _say_where(run, data):
         print(
             f"   best checkpoint  {run.path / 'best'}, of epoch {best['epoch']}, KID {best['value']:.4f} {interval}"
         )
+        if _is_no_worse(run, best):
+            what += " --newest"
+            print(
+                f"   note: KID cannot tell the last epoch from it with {len(data.validation_ids)} pictures held out; "
+                "--newest draws with the last"
+            )
     print(f"\nDraw a picture:\n   python cup3.py generate --run {run.path} {what}")
+
+
+def _is_no_worse(run, best):
+    """Whether the last epoch that was measured is not the best, but has no surely higher KID: it has trained longer."""
+    last = [row for row in run.rows() if row.get("val_kid") is not None][-1]
+    return last["step"] > best["step"] and last.get("val_kid_change_low", 0) < 0

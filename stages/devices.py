@@ -66,7 +66,6 @@ def _choose_gpus(gpus, found):
             raise ValueError
         return [found[index] for index in indices]
     except (ValueError, IndexError):
-        example = "such as 0" if found else "but TensorFlow finds no GPU here"
-        raise InputError(
-            f"--gpus: received {gpus!r}, expected all, none, or indices below {len(found)}, {example}"
-        ) from None
+        indices = f"all, none, or indices below {len(found)}, such as 0"
+        expected = indices if found else "all or none: TensorFlow finds no GPU here"
+        raise InputError(f"--gpus: received {gpus!r}, expected {expected}") from None

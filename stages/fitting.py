@@ -1,5 +1,7 @@
 """The order of the work: a stage's optimizer, and its `fit` from wherever it stopped."""
 
+from tqdm import tqdm
+
 from callbacks import Bar, Interrupted
 from optimizers import OPTIMIZERS, warmup_cosine
 
@@ -33,6 +35,8 @@ def fit(trainer, keeper, batches_from, validation):
     """
     keeper.restore(trainer)
     total = keeper.epochs * keeper.steps_per_epoch
+    if keeper.step:
+        tqdm.write(f"   going on at step {keeper.step} of {total}")
     callbacks = [keeper, Bar(keeper.stage, total, keeper)]
     try:
         if keeper.pending:  # all steps of the epoch were done, but not what closes it

@@ -1,6 +1,7 @@
 """One stage: stopped and resumed it equals one that was not, bit for bit."""
 
 import os
+import re
 import signal
 import sys
 
@@ -142,7 +143,7 @@ STOPS = {
 
 @pytest.mark.parametrize("stops", STOPS.values(), ids=STOPS)
 def test_a_stopped_and_resumed_training_equals_one_that_was_not(
-    trainer, first_state, straight, tmp_path, stops
+    trainer, first_state, straight, tmp_path, stops, capsys
 ):
     for variable, value in zip(state(trainer), first_state, strict=True):
         variable.assign(value)
@@ -154,6 +155,8 @@ def test_a_stopped_and_resumed_training_equals_one_that_was_not(
     values, rows, best, _ = straight
     for variable, value in zip(state(trainer), values, strict=True):
         np.testing.assert_array_equal(variable, value, err_msg=variable.path)
+    at = re.findall(r"^   going on at step (\d) of 6$", capsys.readouterr().out, re.MULTILINE)
+    assert len(at) == len(stops) - (at[:1] == []) and at == sorted(at)
     assert trainer.tested_at[-1] == EPOCHS * STEPS  # also where nothing but the epoch's end was left
     run = RunFolder.read(tmp_path / "run")
     assert without_seconds(run.rows()) == without_seconds(rows)

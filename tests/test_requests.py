@@ -381,7 +381,7 @@ def test_how_pictures_are_drawn_defaults_to_the_runs(run_path, tmp_path):
         ({"prompt": ()}, "prompts: received none"),
         ({"prompt": ("",)}, "prompts: received an empty text in row 0"),
         ({"count": 0}, "count: received 0"),
-        ({"steps": 0}, "steps: received 0"),
+        ({"steps": 0}, "--steps: received 0"),
         ({"batch_size": 0}, "--batch-size: received 0"),
         ({"sampler": "plms"}, "--sampler: received 'plms', expected one of ddpm, ddim, euler, "),
         ({"spacing": "even"}, "--spacing: received 'even', expected one of uniform, leading, "),
