@@ -186,7 +186,7 @@ def test_a_step_is_traced_once_and_does_what_it_does_eagerly():
                 verbose=0,
             )
         ends[run_eagerly] = arrays(trainer.trained_variables)
-        # Eagerly each of 4 validation batches goes in two parts, see `parallel.joined`.
+        # Eagerly each validation batch goes in two parts, see `parallel.joined`.
         assert trainer.counts == ({True: 12, False: 16} if run_eagerly else {True: 2, False: 2})
     for compiled, eager in zip(*ends.values(), strict=True):
         np.testing.assert_allclose(compiled, eager, rtol=1e-4, atol=1e-5)
