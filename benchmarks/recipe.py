@@ -14,14 +14,15 @@ import numpy as np
 import tyro
 
 ROOT = Path(__file__).parent.parent
+VELOCITY = {"diffusion.target": "velocity"}
 # The first is the preset's own; what a recipe does not name is the preset's.
 RECIPES = {
-    "cosine, velocity, none": {},
-    "cosine, velocity, min-snr": {"diffusion.weight": "min-snr"},
-    "cosine, velocity, uncertainty": {"diffusion.weight": "uncertainty"},
+    "cosine, image, none": {},
+    "cosine, velocity, none": VELOCITY,
+    "cosine, velocity, min-snr": {**VELOCITY, "diffusion.weight": "min-snr"},
+    "cosine, velocity, uncertainty": {**VELOCITY, "diffusion.weight": "uncertainty"},
     "cosine, noise, none": {"diffusion.target": "noise"},
     "cosine, noise, min-snr": {"diffusion.target": "noise", "diffusion.weight": "min-snr"},
-    "cosine, image, none": {"diffusion.target": "image"},
     "flow, flow, none": {"diffusion.schedule": "flow", "diffusion.target": "flow"},
     "edm, edm, edm": {
         "diffusion.schedule": "edm",
@@ -29,9 +30,13 @@ RECIPES = {
         "diffusion.weight": "edm",
         "training.times": "log_normal",
     },
-    "cosine, velocity, none, uniform times": {"training.times": "uniform"},
-    "cosine, velocity, none, mixed times": {"training.times": "mixed"},
-    "cosine, velocity, none, adamw": {"training.optimizer": "adamw", "training.learning-rate": 1.5e-3},
+    "cosine, velocity, none, uniform times": {**VELOCITY, "training.times": "uniform"},
+    "cosine, velocity, none, mixed times": {**VELOCITY, "training.times": "mixed"},
+    "cosine, velocity, none, adamw": {
+        **VELOCITY,
+        "training.optimizer": "adamw",
+        "training.learning-rate": 1.5e-3,
+    },
 }
 HEADS = ("recipe", "KID", "petal colour", "centre colour", "petals", "minutes")
 

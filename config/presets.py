@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from config.settings import (
     AugmentationConfig,
     Config,
+    DiffusionConfig,
     EvaluationConfig,
     TextEncoderConfig,
     TrainingConfig,
@@ -34,6 +35,7 @@ CUP3 = Config(
         ff_expansion=4,
         pooled_context=False,
     ),
+    diffusion=DiffusionConfig(target="velocity"),
     vae_training=VAETrainingConfig(
         epochs=20, steps_per_epoch=None, optimizer="adamw", learning_rate=1e-3, warmup_steps=500
     ),

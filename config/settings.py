@@ -61,7 +61,7 @@ class DiffusionConfig:
     """The process (`diffusion.schedule`) and what the U-Net predicts."""
 
     # what the U-Net predicts: noise, image, velocity, flow or edm; not every schedule can express each
-    target: str = "velocity"
+    target: str = "image"
     max_signal_rate: float = 0.95  # signal rate at time 0 of the cosine schedule
     min_signal_rate: float = 0.02  # signal rate at time 1 of the cosine schedule
     # signal and noise at each time: cosine (by angles), cosine-squared, linear, scaled-linear, sigmoid, flow or edm
@@ -97,7 +97,7 @@ class VAETrainingConfig:
 class TrainingConfig:
     """How the U-Net and the text encoder are trained (`trainer.LatentDiffusionTrainer`)."""
 
-    epochs: Annotated[int, tyro.conf.arg(prefix_name=False)] = 22  # rounds of `steps_per_epoch`
+    epochs: Annotated[int, tyro.conf.arg(prefix_name=False)] = 24  # rounds of `steps_per_epoch`
     steps_per_epoch: int | None = None  # None: one pass over the training pictures
     batch_size: Annotated[int, tyro.conf.arg(prefix_name=False)] = 64  # pictures a step, over all devices
     micro_batches: int | None = None  # parts of a batch with gradients added up; None: 2 on a CPU, 1 on GPUs
@@ -126,7 +126,7 @@ class EvaluationConfig:
     size: int = 224  # side that pictures are resized to for it; 75 or 299 for inception_v3
     weights: str | None = None  # local file of the feature network's weights
     images: int = 256  # pictures drawn each time KID is measured
-    every: int = 11  # epochs between two measurements; the first and the last are measured anyway
+    every: int = 12  # epochs between two measurements; the first and the last are measured anyway
     # how pictures are drawn: ddpm, ddim, euler, euler-ancestral, heun, dpmpp-2m, dpmpp-2m-sde, unipc or pndm
     sampler: str = "dpmpp-2m"
     spacing: str = "uniform"  # of the sampler's times: uniform, leading, trailing, karras or logsnr-uniform

@@ -6,7 +6,7 @@ from PIL import Image
 
 import generate
 from checkpoint import collect, named_variables
-from config import Config, EvaluationConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from config import Config, DiffusionConfig, EvaluationConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from diffusion.samplers import SAMPLERS
 
 PROMPTS = ["one red flower", "a blue flower with a yellow center", "two green leaves"]
@@ -44,6 +44,7 @@ DRAWN_CONFIG = Config(
     vae=VAEConfig(level_channels=(4, 4), blocks=(0, 0), latent_channels=2, groups=2),
     text_encoder=TextEncoderConfig(width=8, layers=1, heads=2),
     unet=UNetConfig((8,), (True,), blocks=0, head_channels=4, groups=4, ff_expansion=1, pooled_context=False),
+    diffusion=DiffusionConfig(target="velocity"),
     evaluation=EvaluationConfig(sampler="unipc", spacing="logsnr-uniform", autoguidance=1.0),
 )
 

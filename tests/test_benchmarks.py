@@ -166,7 +166,7 @@ def test_every_recipe_is_one_that_a_run_takes(tmp_path, monkeypatch, capsys):
     recipe.main(recipe.Options(out=str(tmp_path / "out"), epochs=3))
     table = capsys.readouterr().out.splitlines()[2:]
     assert len(table) == len(recipe.RECIPES)
-    assert table[0] == "| cosine, velocity, none | 0.0500, 0.0600 | 100.0% | 90.0% | 55.0% | 2.0 |"
+    assert table[0] == "| cosine, image, none | 0.0500, 0.0600 | 100.0% | 90.0% | 55.0% | 2.0 |"
     assert len({(*map(str, (one.diffusion, one.training)),) for one in asked}) == len(recipe.RECIPES)
     assert [one.seed for one in asked] == [0, 1] * len(recipe.RECIPES)
     assert {(one.training.epochs, one.evaluation.every) for one in asked} == {(3, 3)}
