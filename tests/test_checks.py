@@ -209,7 +209,7 @@ REFUSED = [
         "noise tells nothing of the picture; expected one of image, flow, edm",
     ),
     (
-        {"diffusion__schedule": "edm"},
+        {"diffusion__schedule": "edm", "diffusion__target": "velocity"},
         "--diffusion.target: received velocity with --diffusion.schedule edm, whose rates are on no circle; "
         "expected one of noise, image, flow, edm",
     ),

@@ -104,4 +104,4 @@ def test_the_fewest_pictures_that_the_readme_names(preset, least):
     with pytest.raises(InputError, match="received 1 picture, of which .* holds out 0; expected at least 3"):
         _check_validation(half, 1)
     readme = (ROOT / "README.md").read_text()
-    assert f"{least}" in re.search(r"at least 21 pictures.*?\.", readme, re.DOTALL)[0]
+    assert f"{least}" in re.search(r"fewer than 21 pictures.*?\.", readme, re.DOTALL)[0]

@@ -57,7 +57,7 @@ def test_the_process_is_that_of_the_settings(finished, flowers, tmp_path, monkey
         cup3.main([*line, "--diffusion.zero-terminal-snr"])
     expected = Process(**{name.replace("-", "_"): value for name, value in own.items()})
     assert seen[0].process == seen[0].painter.networks.process == expected
-    assert seen[1].process == Process(schedule="sigmoid", zero_terminal_snr=True)
+    assert seen[1].process == Process("image", schedule="sigmoid", zero_terminal_snr=True)
 
 
 def test_text_from_takes_the_text_encoder_of_another_run_as_it_is(finished, flowers, tmp_path, monkeypatch):
