@@ -143,7 +143,8 @@ def their_side(size, context, batch, steps):
     def draw():
         x = noise
         for step in scheduler.timesteps:
-            wanted, other = unet(torch.cat([x, x]), step, context).sample.chunk(2)
+            # Our time embedding counts the chain's steps from 1.
+            wanted, other = unet(torch.cat([x, x]), step + 1, context).sample.chunk(2)
             x = scheduler.step(other + GUIDANCE * (wanted - other), step, x).prev_sample
         shown = np.moveaxis(SCALE * x[:, :3].numpy(), 1, -1)
         return np.round(np.clip(shown * 127.5 + 127.5, 0, 255)).astype("uint8")
