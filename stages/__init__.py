@@ -68,9 +68,8 @@ def train(config: settings.Config) -> Path:
 
 def _train(config, run, data, strategy, signals):
     judge = config.evaluation
-    if not run.checkpoint_steps("vae") + run.checkpoint_steps(
-        "diffusion"
-    ):  # or it is too late for other settings
+    if not any(run.checkpoint_steps(stage) for stage in ("vae", "diffusion")):
+        # Later it is too late for other settings.
         _note_few_steps(config.training, len(data.train_ids))
     # First of all, so that what cannot be had is refused before anything is trained.
     features = FeatureNetwork(judge.network, judge.size, judge.weights)

@@ -65,11 +65,8 @@ class Judgement:
         self._features = {step: own} | ({best["step"]: former} if best else {})
         if best and best["step"] == step:  # a crash came after it was kept: what it was better than is gone
             change = best.get("change") and Estimate(*best["change"])
-        elif (
-            former is None or former.shape != own.shape
-        ):  # `save_best` refuses other numbers by their protocol
-            change = None
-        else:
-            change = kid.less(former)
+        else:  # `save_best` refuses other numbers of pictures by their protocol
+            comparable = former is not None and former.shape == own.shape
+            change = kid.less(former) if comparable else None
         state = {"weak_step": self._weak_step, "protocol": self._protocol, "change": change}
         return Measured(kid.estimate(), state, {KID_FEATURES: own}, change)

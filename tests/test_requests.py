@@ -18,7 +18,6 @@ from errors import InputError
 from generate import (
     Painter,
     captioned_grid,
-    load,
     write_pictures,
 )
 from input_pipeline import Labels, read_pictures
@@ -116,52 +115,6 @@ def test_every_picture_is_a_png_that_says_what_it_is(run_path, painter, tmp_path
         np.testing.assert_allclose(np.asarray(file).astype(int), np.asarray(grid), atol=1)
     assert sorted(os.listdir(tmp_path / "a" / "b")) == [*(path.name for path in paths), "grid.png"]
     assert f"6 pictures and grid.png in {tmp_path / 'a' / 'b'}" in capsys.readouterr().out
-
-
-def test_the_newest_weights_draw_where_they_are_asked_for(run_path, networks, tmp_path, capsys):
-    settings = {"steps": STEPS, "guidance": GUIDANCE, "sampler": "ddim", "spacing": "uniform"}
-    unet, text_encoder = (type(own).from_config(own.get_config()) for own in networks[2:0:-1])
-    for halved, own in ((unet, networks.unet), (text_encoder, networks.text_encoder)):
-        halved.set_weights([0.5 * value for value in own.get_weights()])
-    newest = Painter(networks._replace(unet=unet, text_encoder=text_encoder), 16)
-    (path,) = write_pictures(run_path, PROMPTS[:1], newest=True, **settings, out=tmp_path / "newest")
-    (expected,) = drawn(newest, PROMPTS[:1], **settings, interval=DRAWN_CONFIG.evaluation.guidance_interval)
-    with Image.open(path) as file:
-        np.testing.assert_allclose(np.asarray(file).astype(int), expected.image, atol=1)
-        assert file.text["weights"] == "newest of step 6"
-    told = "by the weights: newest of step 6; the training is not finished, and its command goes on"
-    assert capsys.readouterr().out.splitlines()[1] == told
-
-
-OTHERS = "; the newest, of step 6, draw with --newest"
-
-
-@pytest.mark.parametrize(
-    ("best", "average", "newest", "told"),
-    [
-        (3, False, False, f"best of step 3{OTHERS}"),
-        (3, False, True, "newest of step 6"),
-        (6, False, False, "best of step 6"),
-        (3, True, False, f"average of length 0.05 of step 6{OTHERS}"),
-        (3, True, True, "newest of step 6"),
-    ],
-)
-@pytest.mark.parametrize("is_finished", [False, True])
-def test_which_weights_drew_is_told(
-    run_path, networks, tmp_path, capsys, best, average, newest, told, is_finished
-):
-    shutil.copytree(run_path, tmp_path / "run")
-    with RunFolder.open(tmp_path / "run", to_dict(DRAWN_CONFIG)) as run:
-        if best == 6:
-            run.save_best("diffusion", 0.01, 0.0, 0.02, diffusion_tensors(networks), {"step": 6})
-        if average:
-            run.finish("diffusion", diffusion_tensors(networks), {"step": 6, "length": 0.05})
-        if is_finished:
-            run.curves_path.touch()
-    loaded = load(run.path, newest)[0].weights
-    end = "" if is_finished else "; the training is not finished, and its command goes on"
-    assert f"{loaded}" == told.partition(";")[0]
-    assert generate.requests._other_weights(run, loaded) == told.removeprefix(f"{loaded}") + end
 
 
 def test_a_picture_and_its_mask_are_read_as_for_training(run_path, painter, tmp_path):
