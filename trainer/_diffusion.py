@@ -1,9 +1,4 @@
-"""`VAETrainer` and `LatentDiffusionTrainer`: networks and batches in, training out.
-
-The only room with gradients and averaged weights. Both trainers are `keras.Model`s with `compile`
-and `fit` and take Keras callbacks. Nothing in a step draws a random number: the batch carries its own, so N
-replicas do what one does.
-"""
+"""The training of a U-Net, and of the text encoder with it."""
 
 import keras
 import numpy as np
@@ -11,193 +6,13 @@ import tensorflow as tf
 from keras import ops
 
 import averages
-import parallel
 from diffusion.targets import diffuse, perturbed
-from generate import Networks, Painter, Picture, captioned_grid, to_images
-from metrics import KID
+from generate import Networks, Painter, Picture, captioned_grid
 from model.unet import LogVariance
-from model.vae import kl_divergence, sample_posterior
-
-__all__ = ["KID", "LatentDiffusionTrainer", "VAETrainer", "reconstruct"]
+from trainer._base import Trainer
 
 
-class _Trainer(keras.Model):
-    """What both trainers share: the step, its division among replicas, and weighted means of the losses.
-
-    A subclass lists the names of its losses in `loss_names` and gives `sample_losses(batch, training)`: a dict of the
-    loss of each sample (B,), of which "loss" is minimised.
-
-    Args:
-        name: of the Keras model.
-        micro_batches: parts of a batch (of this replica's share) whose gradients are added up, see
-            `parallel.summed`; None chooses by `parallel.parts_of`.
-    """
-
-    loss_names = ("loss",)
-
-    def __init__(self, name, micro_batches=None):
-        super().__init__(name=name)
-        self.micro_batches = micro_batches
-        self.trackers = {name: keras.metrics.Mean(name=name) for name in self.loss_names}
-
-    @property
-    def metrics(self):
-        return list(self.trackers.values())
-
-    def make_train_function(self, force=False):
-        if self.train_function is None or force:
-            self.train_function = self._function_of(self.train_step)
-
-    def make_test_function(self, force=False):
-        if self.test_function is None or force:
-            self.test_function = self._function_of(self.test_step)
-
-    def _function_of(self, step):
-        """What Keras calls at each step with an iterator: it takes the next batch and runs `step` on all replicas.
-
-        One graph does it. Keras' own puts a second one around that, and has AutoGraph read the source of every layer,
-        which nothing here needs: the first step waits for both.
-
-        Args:
-            step: batch -> dict of scalars, `train_step` or `test_step`.
-
-        Returns:
-            iterator -> dict of the scalars' means over the replicas.
-        """
-        strategy = self.distribute_strategy
-
-        def on_replicas(batch):
-            means = strategy.run(step, (batch,))
-            return {name: strategy.reduce("MEAN", value, axis=None) for name, value in means.items()}
-
-        if not self.run_eagerly:
-            settings = {"autograph": False, "reduce_retracing": True, "jit_compile": self.jit_compile}
-            on_replicas = tf.function(on_replicas, **settings)
-        return lambda iterator: on_replicas(next(iterator))
-
-    def train_step(self, batch):
-        """One step on a batch (this replica's part of it)."""
-        gradients, means = self._gradients(batch)
-        self.optimizer.apply(gradients, self.trained_variables)
-        self.after_step()
-        return self._track(means)
-
-    def _gradients(self, batch):
-        """The gradients of the batch's mean loss, this replica's share of them, and the mean of each loss."""
-        variables = self.trained_variables
-        parts = parallel.parts_of(next(iter(batch.values())).shape[0], self.micro_batches)
-
-        def part(rows):
-            with tf.GradientTape() as tape:
-                losses = self.sample_losses(rows, training=True)
-                # The optimizer sums gradients over the replicas, so each takes its share of the mean.
-                loss = ops.mean(losses["loss"]) / (parts * self.distribute_strategy.num_replicas_in_sync)
-            gradients = [tf.convert_to_tensor(gradient) for gradient in tape.gradient(loss, variables)]
-            return gradients, {name: ops.mean(losses[name]) / parts for name in self.loss_names}
-
-        zeros = (
-            [tf.zeros(variable.shape) for variable in variables],
-            dict.fromkeys(self.loss_names, tf.zeros(())),
-        )
-        return parallel.summed(part, batch, parts, zeros)
-
-    def test_step(self, batch):
-        """The losses of a validation batch; its "weight" (B,) is 0 for rows that only fill the batch up."""
-        names = sorted(batch)
-
-        def losses_of(*rows):
-            losses = self.sample_losses(dict(zip(names, rows, strict=True)), training=False)
-            return ops.stack([losses[name] for name in self.loss_names], axis=-1)
-
-        losses = parallel.joined(losses_of, [batch[name] for name in names], [len(self.loss_names)])
-        return self._track(
-            dict(zip(self.loss_names, tf.unstack(losses, axis=-1), strict=True)), batch["weight"]
-        )
-
-    def after_step(self):
-        """What follows the optimizer's step, such as averaging weights."""
-
-    def _track(self, losses, weight=None):
-        for name, tracker in self.trackers.items():
-            tracker.update_state(losses[name], sample_weight=weight)
-        return {name: tracker.result() for name, tracker in self.trackers.items()}
-
-    def compile(self, optimizer, **kwargs):
-        """Takes an optimizer that was built for `trained_variables`; XLA stays off unless asked for.
-
-        Raises:
-            ValueError: several steps an execution, between which callbacks would see nothing.
-        """
-        if kwargs.get("steps_per_execution", 1) != 1:
-            raise ValueError(
-                f"steps_per_execution must be 1. Received: {kwargs['steps_per_execution']}, "
-                "of which callbacks that count steps would miss some"
-            )
-        super().compile(optimizer=optimizer, **{"jit_compile": False, **kwargs})
-
-    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
-        """Nothing is left to build; Keras would average a batch over the replicas for it, which fails on a mask."""
-
-
-class VAETrainer(_Trainer):
-    """Trains an `AutoencoderKL` by reconstruction, KL and, if wanted, perceptual loss.
-
-    Args:
-        vae: the `AutoencoderKL`.
-        recon_loss: "l1" or "mse".
-        kl_weight: weight of the KL divergence (nats, mean over the latents' values).
-        perceptual: function of (pixels, pixels) -> distance (B,), or None.
-        perceptual_weight: its weight.
-        micro_batches: see `_Trainer`.
-
-    Batches are dicts of `pixels` (B, H, W, 3), `posterior_noise` (B, h, w, C) and, in validation, `weight` (B,).
-    """
-
-    loss_names = ("loss", "recon_loss", "kl_loss", "perceptual_loss")
-
-    def __init__(
-        self,
-        vae,
-        recon_loss="l1",
-        kl_weight=1e-4,
-        perceptual=None,
-        perceptual_weight=0.0,
-        micro_batches=None,
-    ):
-        if recon_loss not in ("l1", "mse"):
-            raise ValueError(f"recon_loss must be l1 or mse. Received: {recon_loss!r}")
-        super().__init__("vae_trainer", micro_batches)
-        self.vae, self.recon_loss, self.kl_weight = vae, recon_loss, kl_weight
-        self.perceptual, self.perceptual_weight = perceptual, perceptual_weight
-        self.built = True
-
-    @property
-    def trained_variables(self):
-        return self.vae.trainable_variables
-
-    @property
-    def networks(self):
-        """The networks that a checkpoint keeps, by name."""
-        return {"vae": self.vae}
-
-    def call(self, pixels, training=False):
-        return self.vae(pixels, training=training)
-
-    def sample_losses(self, batch, training):
-        """The losses of each sample, (B,) each."""
-        pixels = batch["pixels"]
-        mean, logvar = self.vae.raw_moments(pixels, training)
-        z = sample_posterior(mean, logvar, batch["posterior_noise"])
-        reconstruction = ops.cast(self.vae.decoder(z, training=training), "float32")
-        error = reconstruction - pixels
-        recon = ops.mean(ops.abs(error) if self.recon_loss == "l1" else ops.square(error), axis=(1, 2, 3))
-        kl = kl_divergence(mean, logvar) / float(np.prod(mean.shape[1:]))
-        perceptual = self.perceptual(pixels, reconstruction) if self.perceptual_weight else ops.zeros_like(kl)
-        total = recon + self.kl_weight * kl + self.perceptual_weight * perceptual
-        return {"loss": total, "recon_loss": recon, "kl_loss": kl, "perceptual_loss": perceptual}
-
-
-class LatentDiffusionTrainer(_Trainer):
+class LatentDiffusionTrainer(Trainer):
     """Trains a U-Net, and the text encoder with it, to denoise latents (Ho et al. 2020, Rombach et al. 2022).
 
     It keeps an averaged copy of both networks (EMA), which draws all pictures.
@@ -214,7 +29,7 @@ class LatentDiffusionTrainer(_Trainer):
         kid_tokens: int32 (M, T), the captions drawn for it.
         draw: keywords of `Painter.draw` for previews and validation, such as `generate.drawing` gives.
         draw_batch: pictures drawn at once.
-        micro_batches: see `_Trainer`.
+        micro_batches: see `Trainer`.
         offset_noise: strength of the batch's `offset_noise` (B, 1, 1, C) in the noise of training.
         input_perturbation: strength of its `input_noise` (B, h, w, C) in what the U-Net sees of that noise; see
             `diffusion.targets.perturbed` for both.
@@ -408,18 +223,3 @@ def _copy(network):
     copy.set_weights(network.get_weights())
     copy.trainable = False
     return copy
-
-
-def reconstruct(vae, images, batch_size=32):
-    """Images uint8 (N, H, W, 3) through the autoencoder's posterior mean and back."""
-    chunks = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-    parts = [_there_and_back(vae, tf.constant(chunk.astype("float32") / 127.5 - 1.0)) for chunk in chunks]
-    return np.concatenate([np.asarray(part) for part in parts])
-
-
-@tf.function(reduce_retracing=True, autograph=False)
-def _there_and_back(vae, pixels):  # not within `reconstruct`, where every call would trace it anew
-    def rebuild(pixels):
-        return to_images(vae.decode(vae.encode(pixels)[0]))
-
-    return parallel.joined(rebuild, [pixels], pixels.shape[1:], "uint8")

@@ -1,0 +1,12 @@
+"""`VAETrainer` and `LatentDiffusionTrainer`: networks and batches in, training out.
+
+The only room with gradients and averaged weights. Both trainers are `keras.Model`s with `compile`
+and `fit` and take Keras callbacks. Nothing in a step draws a random number: the batch carries its own, so N
+replicas do what one does.
+"""
+
+from metrics import KID
+from trainer._diffusion import LatentDiffusionTrainer
+from trainer._vae import VAETrainer, reconstruct
+
+__all__ = ["KID", "LatentDiffusionTrainer", "VAETrainer", "reconstruct"]
