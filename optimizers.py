@@ -24,16 +24,41 @@ class AdamW(keras.optimizers.AdamW):
     Keras clips each replica's gradient and sums afterwards, so that N replicas take up to N times the step of
     one. Here the sum over replicas comes first.
 
-    Takes Keras' arguments, but no `amsgrad`.
+    A step whose gradient holds a NaN or an infinity, on any replica, is skipped on all: weights and moments stay to the
+    bit, and only `iterations` counts it.
+
+    Takes Keras' arguments, but no `amsgrad`, and no clipping but by the global norm.
+
+    Attributes:
+        skipped: steps that were skipped.
+        skipped_in_row: of them, those since the last one that was not.
+        rate_scale: factor of the learning rate, 1 unless somebody assigns another.
 
     Raises:
-        ValueError: `amsgrad` is asked for.
+        ValueError: `amsgrad` or another clipping is asked for.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.amsgrad:
             raise ValueError("the fused update has no amsgrad. Received: amsgrad=True")
+        if self.clipnorm or self.clipvalue:
+            raise ValueError(
+                "gradients are clipped by the norm of all, global_clipnorm. "
+                f"Received: clipnorm={self.clipnorm}, clipvalue={self.clipvalue}"
+            )
+
+    def build(self, variables):
+        if self.built:
+            return
+        super().build(variables)
+        self._add_counters()
+
+    def _add_counters(self):
+        alike = {"shape": (), "aggregation": "only_first_replica"}
+        self.skipped = self.add_variable(dtype="int32", name="skipped", **alike)
+        self.skipped_in_row = self.add_variable(dtype="int32", name="skipped_in_row", **alike)
+        self.rate_scale = self.add_variable(initializer="ones", name="rate_scale", **alike)
 
     def apply(self, grads, trainable_variables=None):
         # An embedding's gradient names a row as often as its word occurs: squares are right only of their sum.
@@ -46,17 +71,35 @@ class AdamW(keras.optimizers.AdamW):
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         """Keras' update, with the kernel's numbers made once and not for every variable."""
         step = tf.cast(self.iterations + 1, tf.float32)
-        numbers = {"beta1": self.beta_1, "beta2": self.beta_2, "epsilon": self.epsilon}
+        # Without a share of the gradient, which is 0 then, and with a rate of 0, all stays as it is.
+        betas = {
+            "beta1": 1.0 - (1.0 - self.beta_1) * self._counts,
+            "beta2": 1.0 - (1.0 - self.beta_2) * self._counts,
+        }
         powers = {"beta1_power": tf.pow(self.beta_1, step), "beta2_power": tf.pow(self.beta_2, step)}
-        self._numbers = {name: tf.convert_to_tensor(value) for name, value in (numbers | powers).items()}
+        self._numbers = {
+            name: tf.convert_to_tensor(value)
+            for name, value in (betas | powers | {"epsilon": self.epsilon}).items()
+        }
+        learning_rate = self._rate_of_step(learning_rate)
         self._decay_rate = learning_rate * (self.weight_decay or 0.0)
         super()._backend_update_step(grads, trainable_variables, learning_rate)
 
+    def _rate_of_step(self, learning_rate):
+        """The learning rate as it was scaled; 0 where the step is skipped."""
+        return learning_rate * self.rate_scale.value * self._counts
+
     def _clip_gradients(self, grads):
-        """Keras' clipping; by the norm of all, with one operation for each square's sum instead of four."""
-        if self.global_clipnorm is None:
-            return super()._clip_gradients(grads)
-        return tf.clip_by_global_norm(grads, self.global_clipnorm)[0]
+        """Clips by the norm of all, and counts a gradient that is not finite, of which it leaves zeros."""
+        norm = tf.linalg.global_norm(grads)
+        is_finite = tf.math.is_finite(norm)
+        self._counts = tf.cast(is_finite, tf.float32)
+        skips = tf.cast(~is_finite, tf.int32)
+        self.skipped.assign(self.skipped + skips)
+        self.skipped_in_row.assign((self.skipped_in_row + skips) * skips)
+        shrink = tf.minimum(1.0, self.global_clipnorm / norm) if self.global_clipnorm else 1.0
+        factor = tf.where(is_finite, shrink, 0.0)
+        return [tf.math.multiply_no_nan(grad, factor) for grad in grads]  # of NaN and 0 it makes 0
 
     def _apply_weight_decay(self, variables):
         """Left to `update_step`: here Keras would trace the learning rate anew for every variable."""
@@ -106,6 +149,7 @@ class Muon(AdamW):
         adams = [variable for variable in variables if not is_matrix(variable)]
         squares = iter(self.add_optimizer_variables(adams, "velocity"))
         self._velocities = [None if is_matrix(variable) else next(squares) for variable in variables]
+        self._add_counters()
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         """Keras' update, where (momentum, step) take the place of each matrix's gradient."""
@@ -119,11 +163,11 @@ class Muon(AdamW):
             kept = [self._momentums[self._get_variable_index(trainable_variables[place])] for place in chosen]
             momentums = tf.stack([tf.reshape(momentum.value, sides) for momentum in kept])
             gradients = tf.stack([tf.reshape(grads[place], sides) for place in chosen])
-            momentums += (1 - MUON_MOMENTUM) * (gradients - momentums)
+            momentums += (1 - MUON_MOMENTUM) * self._counts * (gradients - momentums)
             # Nesterov's: moved by this gradient once more.
             ahead = momentums + (1 - MUON_MOMENTUM) * (gradients - momentums)
             directions = MUON_RMS * math.sqrt(max(sides)) * orthogonalised(ahead)
-            steps = tf.cast(learning_rate, directions.dtype) * directions
+            steps = tf.cast(self._rate_of_step(learning_rate), directions.dtype) * directions
             for place, *parts in zip(chosen, tf.unstack(momentums), tf.unstack(steps), strict=True):
                 grads[place] = tuple(parts)
         super()._backend_update_step(grads, trainable_variables, learning_rate)

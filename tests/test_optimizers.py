@@ -12,7 +12,7 @@ from optimizers import NEWTON_SCHULZ, AdamW, Muon, adamw, is_matrix, muon, ortho
 
 
 def arrays(variables):
-    return [np.asarray(variable) for variable in variables]
+    return [np.asarray(variable).copy() for variable in variables]  # which an update in place would change
 
 
 def reduced_step(strategy, gradients_of_replicas, optimizer, variables):
@@ -262,3 +262,70 @@ def test_a_training_shorter_than_its_warm_up_still_learns(steps, warmup_steps):
     rates = [float(rate(step)) for step in range(steps)]
     assert min(rates) > 0
     assert max(rates) == pytest.approx(2.0)
+
+
+COUNTED = ("iteration", "skipped", "skipped_in_row")
+
+
+def state_of(optimizer):
+    """All that an optimizer keeps, its counts apart."""
+    return {
+        variable.path: np.asarray(variable).copy()
+        for variable in optimizer.variables
+        if variable.path.split("/")[-1] not in COUNTED
+    }
+
+
+def stepped(make):
+    """A matrix, which Muon has, and a bias, with an optimizer that has made a step."""
+    variables = [keras.Variable(np.eye(3, 2, dtype="float32"), name="kernel"), keras.Variable([0.5, -1.0], name="bias")]
+    optimizer = make(variables, learning_rate=0.1, weight_decay=0.1, clip_norm=1.0)
+    optimizer.apply([tf.ones((3, 2)), tf.ones(2)], variables)
+    return variables, optimizer
+
+
+@pytest.mark.parametrize("make", [adamw, muon])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_step_that_is_not_finite_changes_nothing_but_counts(make, bad):
+    variables, optimizer = stepped(make)
+    weights, state = arrays(variables), state_of(optimizer)
+    assert any(np.any(value) for value in state.values())
+    for _ in range(2):
+        optimizer.apply([tf.constant([[1.0, 1], [1, bad], [1, 1]]), tf.ones(2)], variables)
+    for before, after in zip(weights, arrays(variables), strict=True):
+        np.testing.assert_array_equal(after, before)
+    for name, after in state_of(optimizer).items():
+        np.testing.assert_array_equal(after, state[name], err_msg=name)
+    assert (int(optimizer.iterations), int(optimizer.skipped), int(optimizer.skipped_in_row)) == (3, 2, 2)
+    optimizer.apply([tf.ones((3, 2)), tf.ones(2)], variables)
+    assert (int(optimizer.skipped), int(optimizer.skipped_in_row)) == (2, 0)
+    assert not np.array_equal(arrays(variables)[0], weights[0])
+
+
+def test_a_replica_that_is_not_finite_stops_the_step_of_all(two_replicas):
+    with two_replicas.scope():
+        variables = [keras.Variable(2.0, name="a"), keras.Variable([3.0], name="b")]
+        optimizer = adamw(variables, learning_rate=0.1, weight_decay=0.0, clip_norm=1.0)
+    reduced_step(two_replicas, [[1.0, 1.0], [1.0, np.nan]], optimizer, variables)
+    for variable, value in zip(variables, (2.0, 3.0), strict=True):
+        for own in two_replicas.experimental_local_results(variable.value):
+            np.testing.assert_array_equal(np.ravel(own), value)
+    assert np.asarray(optimizer.skipped) == 1
+    reduced_step(two_replicas, [[1.0, 1.0], [1.0, 1.0]], optimizer, variables)
+    assert np.asarray(optimizer.skipped) == 1 and np.asarray(variables[0]) < 2
+
+
+@pytest.mark.parametrize("make", [adamw, muon])
+def test_the_rates_factor_is_that_of_the_step(make):
+    (slow, scaled), (fast, optimizer) = stepped(make), stepped(make)
+    optimizer.rate_scale.assign(0.25)
+    before = arrays(slow)
+    for variables, own in ((slow, scaled), (fast, optimizer)):
+        own.apply([tf.ones((3, 2)), tf.ones(2)], variables)
+    for start, one, quarter in zip(before, arrays(slow), arrays(fast), strict=True):
+        np.testing.assert_allclose(quarter - start, 0.25 * (one - start), rtol=1e-4, atol=1e-7)
+
+
+def test_only_the_norm_of_all_clips():
+    with pytest.raises(ValueError, match="clipnorm=1.0"):
+        AdamW(0.1, clipnorm=1.0)
