@@ -138,7 +138,7 @@ class Keeper(keras.callbacks.Callback):
         """Sets the trainer to the newest checkpoint, if there is one, and drops what the log says of later steps."""
         saved = self.run.latest(self.stage)
         if saved is not None:
-            for prefix, variables in _parts(trainer).items():
+            for prefix, variables in trainer.kept_variables.items():
                 assign(variables, saved.tensors, prefix, source=self.run.path)
             self.step, self.pending = saved.step, saved.state["pending"]
             self.logs, self._seconds = saved.state["logs"], saved.state["seconds"]
@@ -148,7 +148,7 @@ class Keeper(keras.callbacks.Callback):
     def save(self, trainer):
         """Writes a checkpoint of where the trainer is."""
         tensors = {}
-        for prefix, variables in _parts(trainer).items():
+        for prefix, variables in trainer.kept_variables.items():
             tensors.update(collect(variables, prefix))
         metrics = {} if self.pending else _metric_values(trainer)
         state = {"pending": self.pending, "logs": self.logs, "seconds": self._elapsed(), "metrics": metrics}
@@ -213,13 +213,6 @@ class Keeper(keras.callbacks.Callback):
 
     def _elapsed(self):
         return self._seconds + time.monotonic() - self._started
-
-
-def _parts(trainer):
-    parts = {name: named_variables(network) for name, network in trainer.networks.items()}
-    parts["optimizer"] = [(variable.path, variable) for variable in trainer.optimizer.variables]
-    kept = getattr(trainer, "power_averages", None)
-    return parts | ({"average": kept.variables} if kept else {})
 
 
 def _metric_values(trainer):

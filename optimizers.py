@@ -6,6 +6,9 @@ import keras
 import tensorflow as tf
 
 UNDECAYED = ("bias", "gamma", "beta", "embeddings")
+# Of the loss in 16 bits (Micikevicius et al. 2018, section 3.2): it begins here, halves at each step that is not finite,
+# and doubles after so many in a row that are.
+FIRST_LOSS_SCALE, STEPS_TO_DOUBLE = 2.0**15, 2000
 FINAL_LEARNING_RATE = 0.01  # of the peak, at the end of the cosine decay
 # Newton-Schulz, x -> a x + b x (x'x) + c x (x'x)^2, each step with its own a, b, c: of all such three, these take
 # singular values of 0.01 to 1 nearest to 1, to 0.73 to 1.27, as each is the best there is for what the one before it
@@ -29,7 +32,11 @@ class AdamW(keras.optimizers.AdamW):
 
     Takes Keras' arguments, but no `amsgrad`, and no clipping but by the global norm.
 
+    Args:
+        scales_loss: whether gradients come of a loss times `loss_scale`, as float16 needs it; they are divided by it.
+
     Attributes:
+        loss_scale: the factor that the loss needs, 1 without `scales_loss`.
         skipped: steps that were skipped.
         skipped_in_row: of them, those since the last one that was not.
         rate_scale: factor of the learning rate, 1 unless somebody assigns another.
@@ -38,8 +45,9 @@ class AdamW(keras.optimizers.AdamW):
         ValueError: `amsgrad` or another clipping is asked for.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, scales_loss=False, **kwargs):
         super().__init__(*args, **kwargs)
+        self.scales_loss = scales_loss
         if self.amsgrad:
             raise ValueError("the fused update has no amsgrad. Received: amsgrad=True")
         if self.clipnorm or self.clipvalue:
@@ -59,6 +67,22 @@ class AdamW(keras.optimizers.AdamW):
         self.skipped = self.add_variable(dtype="int32", name="skipped", **alike)
         self.skipped_in_row = self.add_variable(dtype="int32", name="skipped_in_row", **alike)
         self.rate_scale = self.add_variable(initializer="ones", name="rate_scale", **alike)
+        if self.scales_loss:
+            first = keras.initializers.Constant(FIRST_LOSS_SCALE)
+            self._loss_scale = self.add_variable(initializer=first, name="loss_scale", **alike)
+            self._since_change = self.add_variable(dtype="int32", name="since_change", **alike)
+
+    @property
+    def loss_scale(self):
+        return self._loss_scale.value if self.scales_loss else 1.0
+
+    def _follow_loss_scale(self, is_finite):
+        """Halves it after a step that is not finite, doubles it after many that are."""
+        steps = (self._since_change.value + 1) * tf.cast(is_finite, tf.int32)
+        doubles = steps >= STEPS_TO_DOUBLE
+        factor = tf.where(is_finite, tf.where(doubles, 2.0, 1.0), 0.5)
+        self._loss_scale.assign(tf.maximum(1.0, self._loss_scale.value * factor))
+        self._since_change.assign(tf.where(doubles, 0, steps))
 
     def apply(self, grads, trainable_variables=None):
         # An embedding's gradient names a row as often as its word occurs: squares are right only of their sum.
@@ -91,14 +115,16 @@ class AdamW(keras.optimizers.AdamW):
 
     def _clip_gradients(self, grads):
         """Clips by the norm of all, and counts a gradient that is not finite, of which it leaves zeros."""
-        norm = tf.linalg.global_norm(grads)
+        norm = tf.linalg.global_norm(grads) / self.loss_scale
         is_finite = tf.math.is_finite(norm)
         self._counts = tf.cast(is_finite, tf.float32)
         skips = tf.cast(~is_finite, tf.int32)
         self.skipped.assign(self.skipped + skips)
         self.skipped_in_row.assign((self.skipped_in_row + skips) * skips)
         shrink = tf.minimum(1.0, self.global_clipnorm / norm) if self.global_clipnorm else 1.0
-        factor = tf.where(is_finite, shrink, 0.0)
+        factor = tf.where(is_finite, shrink / self.loss_scale, 0.0)
+        if self.scales_loss:
+            self._follow_loss_scale(is_finite)
         return [tf.math.multiply_no_nan(grad, factor) for grad in grads]  # of NaN and 0 it makes 0
 
     def _apply_weight_decay(self, variables):
@@ -251,6 +277,7 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon}
 def _built(kind, variables, learning_rate, weight_decay, clip_norm):
     optimizer = kind(
         learning_rate,
+        scales_loss=keras.config.dtype_policy().compute_dtype == "float16",
         weight_decay=weight_decay,
         global_clipnorm=clip_norm or None,
         beta_2=0.99,

@@ -278,7 +278,10 @@ def state_of(optimizer):
 
 def stepped(make):
     """A matrix, which Muon has, and a bias, with an optimizer that has made a step."""
-    variables = [keras.Variable(np.eye(3, 2, dtype="float32"), name="kernel"), keras.Variable([0.5, -1.0], name="bias")]
+    variables = [
+        keras.Variable(np.eye(3, 2, dtype="float32"), name="kernel"),
+        keras.Variable([0.5, -1.0], name="bias"),
+    ]
     optimizer = make(variables, learning_rate=0.1, weight_decay=0.1, clip_norm=1.0)
     optimizer.apply([tf.ones((3, 2)), tf.ones(2)], variables)
     return variables, optimizer

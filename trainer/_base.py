@@ -5,6 +5,7 @@ import tensorflow as tf
 from keras import ops
 
 import parallel
+from checkpoint import named_variables
 
 
 class Trainer(keras.Model):
@@ -61,23 +62,33 @@ class Trainer(keras.Model):
             on_replicas = tf.function(on_replicas, **settings)
         return lambda iterator: on_replicas(next(iterator))
 
+    @property
+    def kept_variables(self):
+        """What a checkpoint keeps: lists of (name, Keras variable), by a name of each list."""
+        kept = {name: named_variables(network) for name, network in self.networks.items()}
+        return kept | {"optimizer": [(variable.path, variable) for variable in self.optimizer.variables]}
+
     def train_step(self, batch):
         """One step on a batch (this replica's part of it)."""
         gradients, means = self._gradients(batch)
-        self.optimizer.apply(gradients, self.trained_variables)
+        self.optimizer.apply(refused_if(means["loss"], gradients), self.trained_variables)
         self.after_step()
-        return self._track(means)
+        return self._track(means, skip_bad=True)
+
+    def gradients_of(self, batch):
+        """The gradients of a batch's mean loss (this replica's share of it) by `trained_variables`, as tensors."""
+        scale = loss_scale(self.optimizer)
+        return [gradient / scale for gradient in self._gradients(batch)[0]]
 
     def _gradients(self, batch):
         """The gradients of the batch's mean loss, this replica's share of them, and the mean of each loss."""
         variables = self.trained_variables
-        parts = parallel.parts_of(next(iter(batch.values())).shape[0], self.micro_batches)
+        parts, scale = self._parts_of(batch), self._loss_scale(self.optimizer)
 
         def part(rows):
             with tf.GradientTape() as tape:
                 losses = self.sample_losses(rows, training=True)
-                # The optimizer sums gradients over the replicas, so each takes its share of the mean.
-                loss = ops.mean(losses["loss"]) / (parts * self.distribute_strategy.num_replicas_in_sync)
+                loss = ops.mean(losses["loss"]) * (scale / parts)
             gradients = [tf.convert_to_tensor(gradient) for gradient in tape.gradient(loss, variables)]
             return gradients, {name: ops.mean(losses[name]) / parts for name in self.loss_names}
 
@@ -86,6 +97,13 @@ class Trainer(keras.Model):
             dict.fromkeys(self.loss_names, tf.zeros(())),
         )
         return parallel.summed(part, batch, parts, zeros)
+
+    def _parts_of(self, batch):
+        return parallel.parts_of(next(iter(batch.values())).shape[0], self.micro_batches)
+
+    def _loss_scale(self, optimizer):
+        """What a mean over this replica's batch is multiplied by: the optimizer sums gradients over the replicas."""
+        return loss_scale(optimizer) / self.distribute_strategy.num_replicas_in_sync
 
     def test_step(self, batch):
         """The losses of a validation batch; its "weight" (B,) is 0 for rows that only fill the batch up."""
@@ -103,9 +121,13 @@ class Trainer(keras.Model):
     def after_step(self):
         """What follows the optimizer's step, such as averaging weights."""
 
-    def _track(self, losses, weight=None):
-        for name, tracker in self.trackers.items():
-            tracker.update_state(losses[name], sample_weight=weight)
+    def _track(self, losses, weight=None, skip_bad=False):
+        """The running means of the losses; `skip_bad` leaves out what is not finite, as the step did."""
+        for name, value in losses.items():
+            if skip_bad:
+                weight = tf.cast(tf.math.is_finite(value), tf.float32)
+                value = tf.math.multiply_no_nan(value, weight)
+            self.trackers[name].update_state(value, sample_weight=weight)
         return {name: tracker.result() for name, tracker in self.trackers.items()}
 
     def compile(self, optimizer, **kwargs):
@@ -119,7 +141,43 @@ class Trainer(keras.Model):
                 f"steps_per_execution must be 1. Received: {kwargs['steps_per_execution']}, "
                 "of which callbacks that count steps would miss some"
             )
-        super().compile(optimizer=optimizer, **{"jit_compile": False, **kwargs})
+        # In 16 bits Keras would wrap the optimizer in one that scales losses by itself, and looks at one replica only.
+        super().compile(optimizer=optimizer, **{"jit_compile": False, "auto_scale_loss": False, **kwargs})
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
         """Nothing is left to build; Keras would average a batch over the replicas for it, which fails on a mask."""
+
+
+def loss_scale(optimizer):
+    """The factor that an optimizer of `optimizers` wants its loss to have; 1 for any other."""
+    return getattr(optimizer, "loss_scale", 1.0)
+
+
+def refused_if(loss, gradients):
+    """The gradients, which the optimizer refuses if the loss is not finite, even where they are."""
+    first, *others = gradients
+    return [tf.where(tf.math.is_finite(loss), first, float("nan")), *others]
+
+
+def move_average(average, weights, decay, step):
+    """Moves averaged variables towards the weights; the decay warms up as (1 + step) / (10 + step).
+
+    Args:
+        average, weights: lists of Keras variables of the same shapes.
+        decay: of the average, once it is warm.
+        step: steps done, a scalar tensor.
+    """
+    step = ops.cast(step, "float32")
+    share = 1.0 - ops.minimum(decay, (1.0 + step) / (10.0 + step))
+    for own, weight in zip(average, weights, strict=True):
+        # own += share (weight - own); Keras' own operators take three times as long to trace.
+        own, weight = own.value, weight.value
+        own.assign_sub(share * (own - weight))
+
+
+def copy(network):
+    """A second network of the same shape and weights, which no gradient reaches."""
+    copy = type(network).from_config(network.get_config())
+    copy.set_weights(network.get_weights())
+    copy.trainable = False
+    return copy

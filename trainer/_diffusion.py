@@ -9,7 +9,7 @@ import averages
 from diffusion.targets import diffuse, perturbed
 from generate import Networks, Painter, Picture, captioned_grid
 from model.unet import LogVariance
-from trainer._base import Trainer
+from trainer._base import Trainer, copy, move_average
 
 
 class LatentDiffusionTrainer(Trainer):
@@ -58,7 +58,7 @@ class LatentDiffusionTrainer(Trainer):
         super().__init__("latent_diffusion_trainer", micro_batches)
         self.unet, self.text_encoder = networks.unet, networks.text_encoder
         self.process, self.ema, self.train_text_encoder = networks.process, ema, train_text_encoder
-        self.ema_unet, self.ema_text_encoder = _copy(self.unet), _copy(self.text_encoder)
+        self.ema_unet, self.ema_text_encoder = copy(self.unet), copy(self.text_encoder)
         self.log_variance = LogVariance() if self.process.weight == "uncertainty" else None
         averaged = networks._replace(unet=self.ema_unet, text_encoder=self.ema_text_encoder)
         self.painter = Painter(averaged, image_size, draw_batch)
@@ -120,18 +120,16 @@ class LatentDiffusionTrainer(Trainer):
         log_variance = self.log_variance(times) if learns else ops.zeros_like(times)
         return {"loss": self.process.losses(prediction, latents, noise, times, log_variance)}
 
+    @property
+    def kept_variables(self):
+        kept = {"average": self.power_averages.variables} if self.power_averages else {}
+        return super().kept_variables | kept
+
     def after_step(self):
         """Moves the averaged networks towards the trained ones."""
-        step = ops.cast(self.optimizer.iterations, "float32")
-        share = 1.0 - ops.minimum(self.ema, (1.0 + step) / (10.0 + step))
-        for average, weight in self._averages():
-            # average += share (weight - average); Keras' own operators take three times as long to trace.
-            average, weight = average.value, weight.value
-            average.assign_sub(share * (average - weight))
-
-    def _averages(self):
         for name, network in self.averaged_networks.items():
-            yield from zip(getattr(self, f"ema_{name}").weights, network.weights, strict=True)
+            average = getattr(self, f"ema_{name}").weights
+            move_average(average, network.weights, self.ema, self.optimizer.iterations)
 
     def evaluate(self, *args, return_dict=False, **kwargs):
         """Keras' `evaluate`, and `kid` of pictures drawn from `kid_tokens` where it is due."""
@@ -215,11 +213,3 @@ class _Averaging(keras.callbacks.Callback):
         step = int(self.model.optimizer.iterations.numpy())
         if step % averages.EVERY == 0:
             self.model.power_averages.update(step)
-
-
-def _copy(network):
-    """A second network of the same shape and weights, which no gradient reaches."""
-    copy = type(network).from_config(network.get_config())
-    copy.set_weights(network.get_weights())
-    copy.trainable = False
-    return copy
