@@ -6,8 +6,8 @@ import keras
 import tensorflow as tf
 
 UNDECAYED = ("bias", "gamma", "beta", "embeddings")
-# Of the loss in 16 bits (Micikevicius et al. 2018, section 3.2): it begins here, halves at each step that is not finite,
-# and doubles after so many in a row that are.
+# Of the loss in 16 bits (Micikevicius et al. 2018, section 3.2): it begins here, halves at each step that is not
+# finite, and doubles after so many in a row that are.
 FIRST_LOSS_SCALE, STEPS_TO_DOUBLE = 2.0**15, 2000
 FINAL_LEARNING_RATE = 0.01  # of the peak, at the end of the cosine decay
 # Newton-Schulz, x -> a x + b x (x'x) + c x (x'x)^2, each step with its own a, b, c: of all such three, these take
