@@ -52,7 +52,7 @@ class _Half(keras.Model):
     """What `Encoder` and `Decoder` share: the arguments that rebuild them."""
 
     def get_config(self):
-        names = ("level_channels", "blocks", "latent_channels", "groups", "attention", "name")
+        names = ("level_channels", "blocks", "latent_channels", "groups", "attention", "skips", "name")
         return dict(zip(names, self._arguments, strict=True))
 
 
@@ -65,52 +65,91 @@ class Encoder(_Half):
         latent_channels: channels C of the latents.
         groups: groups of the normalisations.
         attention: whether the middle block attends over places.
+        skips: whether it also returns the features of each level, for the `Decoder`.
 
-    Call: pixels (B, H, W, 3) in -1..1 -> moments (B, h, w, 2C): mean, then log-variance.
+    Call: pixels (B, H, W, 3) in -1..1 -> moments (B, h, w, 2C): mean, then log-variance. With `skips` a list:
+    the moments, then the features of each level before it is halved, finest first.
     """
 
-    def __init__(self, level_channels, blocks, latent_channels, groups=32, attention=True, name="encoder"):
+    def __init__(
+        self, level_channels, blocks, latent_channels, groups=32, attention=True, skips=False, name="encoder"
+    ):
         pixels = keras.Input((None, None, 3), name="pixels")
         x = conv3(level_channels[0], f"{name}.conv_in")(pixels)
+        features = []
         for level, channels in enumerate(level_channels):
             for block in range(blocks[level]):
                 x = ResidualBlock(
                     channels, groups, NORM_EPSILON, name=f"{name}.down_blocks.{level}.resnets.{block}"
                 )(x)
+            features.append(x)
             if level < len(level_channels) - 1:
                 x = Downsample(channels, name=f"{name}.down_blocks.{level}.downsamplers.0")(x)
         x = _middle(x, level_channels[-1], groups, attention, name)
         x = ops.silu(GroupNorm(groups, NORM_EPSILON, name=f"{name}.conv_norm_out")(x))
         x = conv3(2 * latent_channels, f"{name}.conv_out")(x)
         moments = keras.layers.Conv2D(2 * latent_channels, 1, name="quant_conv")(x)
-        super().__init__(pixels, moments, name=name)
-        self._arguments = (level_channels, blocks, latent_channels, groups, attention, name)
+        super().__init__(pixels, [moments, *features] if skips else moments, name=name)
+        self._arguments = (level_channels, blocks, latent_channels, groups, attention, skips, name)
 
 
 class Decoder(_Half):
     """Latents, unscaled -> pixels.
 
-    Args: as for `Encoder`; a level of n > 0 blocks has n + 1 here.
+    Its last convolution is the layer "decoder.conv_out", whose `input` are the last features.
 
-    Call: z (B, h, w, C) -> pixels (B, H, W, 3), about -1..1 (not clipped).
+    Args: as for `Encoder`; a level of n > 0 blocks has n + 1 here. With `skips` a 1x1 convolution of the encoder's
+        features is added where a level begins. It starts from zero, as if there were none. To concatenate them would
+        widen a 3x3 convolution of the level, which costs several times as much where the pictures are largest.
+        tanh: whether the pixels go through a tanh, which keeps them within -1..1.
+
+    Call: z (B, h, w, C), with `skips` a list of it and the encoder's features -> pixels (B, H, W, 3), about -1..1
+    (not clipped).
     """
 
-    def __init__(self, level_channels, blocks, latent_channels, groups=32, attention=True, name="decoder"):
+    def __init__(
+        self,
+        level_channels,
+        blocks,
+        latent_channels,
+        groups=32,
+        attention=True,
+        skips=False,
+        tanh=False,
+        name="decoder",
+    ):
         z = keras.Input((None, None, latent_channels), name="z")
+        features = [
+            keras.Input((None, None, channels), name=f"features.{level}")
+            for level, channels in enumerate(level_channels)
+        ]
         x = keras.layers.Conv2D(latent_channels, 1, name="post_quant_conv")(z)
         x = conv3(level_channels[-1], f"{name}.conv_in")(x)
         x = _middle(x, level_channels[-1], groups, attention, name)
-        table = list(zip(level_channels, blocks, strict=True))[::-1]
-        for level, (channels, level_blocks) in enumerate(table):
+        table = list(zip(level_channels, blocks, features, strict=True))[::-1]
+        for level, (channels, level_blocks, level_features) in enumerate(table):
             place = f"{name}.up_blocks.{level}"
+            if skips:
+                x = x + _projected(level_features, x.shape[-1], f"{place}.skip")
             for block in range(level_blocks + 1 if level_blocks else 0):
                 x = ResidualBlock(channels, groups, NORM_EPSILON, name=f"{place}.resnets.{block}")(x)
             if level < len(table) - 1:
-                finer_channels, finer_blocks = table[level + 1]
+                finer_channels, finer_blocks, _ = table[level + 1]
                 x = Upsample(channels if finer_blocks else finer_channels, name=f"{place}.upsamplers.0")(x)
         x = ops.silu(GroupNorm(groups, NORM_EPSILON, name=f"{name}.conv_norm_out")(x))
-        super().__init__(z, conv3(3, f"{name}.conv_out")(x), name=name)
-        self._arguments = (level_channels, blocks, latent_channels, groups, attention, name)
+        pixels = conv3(3, f"{name}.conv_out")(x)
+        if tanh:
+            pixels = keras.layers.Activation("tanh", name=f"{name}.tanh")(pixels)
+        super().__init__([z, *features] if skips else z, pixels, name=name)
+        self._arguments = (level_channels, blocks, latent_channels, groups, attention, skips, name)
+        self.tanh = tanh
+
+    def get_config(self):
+        return {**super().get_config(), "tanh": self.tanh}
+
+
+def _projected(features, channels, name):
+    return keras.layers.Conv2D(channels, 1, kernel_initializer="zeros", name=name)(features)
 
 
 class AutoencoderKL(keras.Model):
@@ -118,12 +157,22 @@ class AutoencoderKL(keras.Model):
 
     It returns latents of unit scale and takes them back; nobody else knows the factor.
 
+    With `skips` the decoder sees the encoder's features, as in a U-Net (Ronneberger et al. 2015), and details that the
+    latents lack come through. Such an autoencoder reconstructs pictures, but latents alone are not enough for it:
+    **what a diffusion model samples cannot be decoded without a picture**.
+
     Args:
-        level_channels, blocks, latent_channels, groups, attention: see `Encoder`.
+        level_channels, blocks, latent_channels, groups, attention: see `Encoder`. The number of levels gives
+            `factor`, pixels a latent along a side: 4 with three levels, 8 with four, 16 with five.
         latent_scale: the factor from raw to unit-scale latents where it is known (Stable Diffusion's is
             0.18215), or None to have it measured by `set_latent_statistics`.
+        skips: whether the encoder's features of each level go to the decoder.
+        tanh: whether the decoder ends in a tanh.
 
     Call: pixels (B, H, W, 3) -> pixels (B, H, W, 3), through the posterior's mean.
+
+    Raises:
+        ValueError: by all that takes pixels, where a side is not a multiple of `factor`.
     """
 
     def __init__(
@@ -134,6 +183,8 @@ class AutoencoderKL(keras.Model):
         groups=32,
         attention=True,
         latent_scale=None,
+        skips=False,
+        tanh=False,
         name="vae",
     ):
         if len(blocks) != len(level_channels):
@@ -143,9 +194,9 @@ class AutoencoderKL(keras.Model):
             )
         super().__init__(name=name)
         self.factor = 2 ** (len(level_channels) - 1)
-        self.latent_channels, self.latent_scale = latent_channels, latent_scale
-        parts = (tuple(level_channels), tuple(blocks), latent_channels, groups, attention)
-        self.encoder, self.decoder = Encoder(*parts), Decoder(*parts)
+        self.latent_channels, self.latent_scale, self.skips = latent_channels, latent_scale, skips
+        parts = (tuple(level_channels), tuple(blocks), latent_channels, groups, attention, skips)
+        self.encoder, self.decoder = Encoder(*parts), Decoder(*parts, tanh)
         self.latent_mean = self.add_weight(
             shape=(latent_channels,), initializer="zeros", trainable=False, name="latent_mean"
         )
@@ -168,9 +219,8 @@ class AutoencoderKL(keras.Model):
 
     def raw_moments(self, pixels, training=False):
         """Pixels (B, H, W, 3) -> mean and log-variance (B, h, w, C) of the latents before scaling."""
-        moments = ops.cast(self.encoder(pixels, training=training), "float32")
-        mean, logvar = ops.split(moments, 2, axis=-1)
-        return mean, ops.clip(logvar, *LOGVAR_RANGE)
+        mean, logvar, _ = self._encoded(pixels, training)
+        return mean, logvar
 
     def encode(self, pixels):
         """Pixels (B, H, W, 3) -> mean and log-variance (B, h, w, C) of their unit-scale latents."""
@@ -178,15 +228,67 @@ class AutoencoderKL(keras.Model):
         return (mean - self.latent_mean) / self.latent_std, logvar - 2.0 * ops.log(self.latent_std)
 
     def decode(self, latents):
-        """Unit-scale latents (B, h, w, C) -> pixels (B, H, W, 3) in -1..1."""
-        pixels = self.decoder(latents * self.latent_std + self.latent_mean)
-        return ops.clip(ops.cast(pixels, "float32"), -1.0, 1.0)
+        """Unit-scale latents (B, h, w, C) -> pixels (B, H, W, 3) in -1..1.
+
+        Raises:
+            ValueError: with `skips`, where latents alone are not enough.
+        """
+        if self.skips:
+            raise ValueError(
+                "decode: received latents alone, expected a picture with them, as this autoencoder has skip "
+                "connections: reconstruct(pixels) goes through them"
+            )
+        return _in_range(self.decoder(latents * self.latent_std + self.latent_mean))
+
+    def reconstruct(self, pixels):
+        """Pixels (B, H, W, 3) -> pixels (B, H, W, 3) in -1..1, through the posterior's mean and any skips."""
+        return _in_range(self(pixels))
+
+    def reparameterised(self, pixels, noise, training=False):
+        """Pixels there and back through a draw of their posterior, as an autoencoder is trained.
+
+        Args:
+            pixels: (B, H, W, 3) in -1..1.
+            noise: (B, h, w, C), standard normal.
+            training: whether this is a training step.
+
+        Returns:
+            The reconstruction (B, H, W, 3) float32, not clipped; the posterior's mean and log-variance
+            (B, h, w, C) before scaling.
+        """
+        mean, logvar, features = self._encoded(pixels, training)
+        reconstruction = self._decoded(sample_posterior(mean, logvar, noise), features, training)
+        return ops.cast(reconstruction, "float32"), mean, logvar
 
     def call(self, pixels, training=False):
-        return self.decoder(self.raw_moments(pixels, training)[0], training=training)
+        mean, _, features = self._encoded(pixels, training)
+        return self._decoded(mean, features, training)
+
+    def _encoded(self, pixels, training):
+        """Mean and log-variance before scaling, and the encoder's features, which are none without skips."""
+        self._check_size(pixels.shape)
+        encoded = self.encoder(pixels, training=training)
+        moments, *features = encoded if self.skips else [encoded]
+        mean, logvar = ops.split(ops.cast(moments, "float32"), 2, axis=-1)
+        return mean, ops.clip(logvar, *LOGVAR_RANGE), features
+
+    def _decoded(self, z, features, training):
+        return self.decoder([z, *features] if self.skips else z, training=training)
+
+    def _check_size(self, shape):
+        sides = [side for side in shape[1:3] if side is not None]  # a traced function may leave them open
+        if any(side < self.factor or side % self.factor for side in sides):
+            raise ValueError(
+                f"AutoencoderKL: received pixels of shape {tuple(shape)}, expected height and width to be "
+                f"multiples of {self.factor}"
+            )
 
     def get_config(self):
-        return {**self.encoder.get_config(), "latent_scale": self.latent_scale, "name": self.name}
+        return {**self.decoder.get_config(), "latent_scale": self.latent_scale, "name": self.name}
+
+
+def _in_range(pixels):
+    return ops.clip(ops.cast(pixels, "float32"), -1.0, 1.0)
 
 
 def sample_posterior(mean, logvar, noise):
