@@ -261,28 +261,31 @@ def warmup_cosine(peak, steps, warmup_steps):
     )
 
 
-def adamw(variables, *, learning_rate, weight_decay, clip_norm):
-    """An `AdamW`, built for `variables`, that leaves biases, norms and embeddings undecayed."""
-    return _built(AdamW, variables, learning_rate, weight_decay, clip_norm)
+def adamw(variables, *, learning_rate, weight_decay, clip_norm, **settings):
+    """An `AdamW`, built for `variables`, that leaves biases, norms and embeddings undecayed.
+
+    Further keywords are its own, such as `beta_1` and a `name`, which a second optimizer in a checkpoint needs.
+    """
+    return _built(AdamW, variables, learning_rate, weight_decay, clip_norm, settings)
 
 
-def muon(variables, *, learning_rate, weight_decay, clip_norm):
-    """A `Muon`, built for `variables`, that leaves biases, norms and embeddings undecayed."""
-    return _built(Muon, variables, learning_rate, weight_decay, clip_norm)
+def muon(variables, *, learning_rate, weight_decay, clip_norm, **settings):
+    """A `Muon`, built for `variables`, in the same way."""
+    return _built(Muon, variables, learning_rate, weight_decay, clip_norm, settings)
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
-def _built(kind, variables, learning_rate, weight_decay, clip_norm):
+def _built(kind, variables, learning_rate, weight_decay, clip_norm, settings):
+    # Keras numbers the optimizers of a process: their variables would have other names on resume.
+    defaults = {"beta_2": 0.99, "name": kind.__name__.lower()}
     optimizer = kind(
         learning_rate,
         scales_loss=keras.config.dtype_policy().compute_dtype == "float16",
         weight_decay=weight_decay,
         global_clipnorm=clip_norm or None,
-        beta_2=0.99,
-        # Keras numbers the optimizers of a process: their variables would have other names on resume.
-        name=kind.__name__.lower(),
+        **(defaults | settings),
     )
     optimizer.exclude_from_weight_decay(var_names=UNDECAYED)
     optimizer.build(variables)

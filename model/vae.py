@@ -144,6 +144,11 @@ class Decoder(_Half):
         self._arguments = (level_channels, blocks, latent_channels, groups, attention, skips, name)
         self.tanh = tanh
 
+    def halves(self):
+        """The decoder in two, which share its layers: to the features before the last convolution, and from there."""
+        last = self.get_layer(f"{self.name}.conv_out")
+        return keras.Model(self.inputs, last.input), keras.Model(last.input, self.outputs[0])
+
     def get_config(self):
         return {**super().get_config(), "tanh": self.tanh}
 
@@ -256,13 +261,17 @@ class AutoencoderKL(keras.Model):
             The reconstruction (B, H, W, 3) float32, not clipped; the posterior's mean and log-variance
             (B, h, w, C) before scaling.
         """
+        inputs, mean, logvar = self.drawn(pixels, noise, training)
+        return ops.cast(self.decoder(inputs, training=training), "float32"), mean, logvar
+
+    def drawn(self, pixels, noise, training=False):
+        """As `reparameterised`, but with what the decoder takes in place of what it makes of that."""
         mean, logvar, features = self._encoded(pixels, training)
-        reconstruction = self._decoded(sample_posterior(mean, logvar, noise), features, training)
-        return ops.cast(reconstruction, "float32"), mean, logvar
+        return self._inputs(sample_posterior(mean, logvar, noise), features), mean, logvar
 
     def call(self, pixels, training=False):
         mean, _, features = self._encoded(pixels, training)
-        return self._decoded(mean, features, training)
+        return self.decoder(self._inputs(mean, features), training=training)
 
     def _encoded(self, pixels, training):
         """Mean and log-variance before scaling, and the encoder's features, which are none without skips."""
@@ -272,8 +281,8 @@ class AutoencoderKL(keras.Model):
         mean, logvar = ops.split(ops.cast(moments, "float32"), 2, axis=-1)
         return mean, ops.clip(logvar, *LOGVAR_RANGE), features
 
-    def _decoded(self, z, features, training):
-        return self.decoder([z, *features] if self.skips else z, training=training)
+    def _inputs(self, z, features):
+        return [z, *features] if self.skips else z
 
     def _check_size(self, shape):
         sides = [side for side in shape[1:3] if side is not None]  # a traced function may leave them open

@@ -15,9 +15,9 @@ def test_the_autoencoders_losses_are_their_formulas(toy_networks, recon_loss):
     vae, rng = toy_networks().vae, np.random.default_rng(0)
     pixels = rng.uniform(-1, 1, (3, IMAGE_SIZE, IMAGE_SIZE, 3)).astype("float32")
     noise = rng.normal(size=(3, *LATENT_SHAPE)).astype("float32")
-    losses = VAETrainer(vae, recon_loss, 0.3, distance, 0.7).sample_losses(
-        {"pixels": pixels, "posterior_noise": noise}, training=False
-    )
+    weights = {"recon_weight": 1.5, "kl_weight": 0.3, "perceptual_weight": 0.7}
+    trainer = VAETrainer(vae, recon_loss, perceptual=distance, **weights)
+    losses = trainer.sample_losses({"pixels": pixels, "posterior_noise": noise}, training=False)
     mean, logvar = np.split(np.asarray(vae.encoder(pixels), "float64"), 2, axis=-1)
     rebuilt = np.asarray(vae.decoder((mean + np.exp(logvar / 2) * noise).astype("float32")))
     error = rebuilt - pixels
@@ -25,7 +25,7 @@ def test_the_autoencoders_losses_are_their_formulas(toy_networks, recon_loss):
     kl = 0.5 * (mean**2 + np.exp(logvar) - 1 - logvar).mean((1, 2, 3))
     far = (error**2).max((1, 2, 3))
     expected = {"recon_loss": recon, "kl_loss": kl, "perceptual_loss": far}
-    expected["loss"] = recon + 0.3 * kl + 0.7 * far
+    expected["loss"] = 1.5 * recon + 0.3 * kl + 0.7 * far
     assert losses.keys() == expected.keys()
     for name, values in expected.items():
         np.testing.assert_allclose(losses[name], values, rtol=1e-4, err_msg=name)

@@ -6,7 +6,8 @@ replicas do what one does.
 """
 
 from metrics import KID
+from trainer._adversary import Adversary
 from trainer._diffusion import LatentDiffusionTrainer
 from trainer._vae import VAETrainer, reconstruct
 
-__all__ = ["KID", "LatentDiffusionTrainer", "VAETrainer", "reconstruct"]
+__all__ = ["KID", "Adversary", "LatentDiffusionTrainer", "VAETrainer", "reconstruct"]
