@@ -16,7 +16,7 @@ LEVELS = (
     {"config", "input_pipeline", "model", "diffusion", "optimizers", "averages"},
     {"checkpoint", "metrics", "dataset"},
     {"generate"},
-    {"callbacks", "trainer", "evaluate", "web", "tools"},
+    {"callbacks", "tracking", "trainer", "evaluate", "web", "tools"},
     {"stages"},
     {"cup3"},
 )
