@@ -1,0 +1,173 @@
+"""Tiles: they cover a picture in one shape, add up to the whole, fade into one another and are barely seen."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from model.tiling import tiled_decode, tiled_encode
+from model.vae import AutoencoderKL
+
+FACTOR = 2
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+def enlarge(latents):
+    """A decoder of places that do not see one another."""
+    return np.tanh(latents[..., :3]).repeat(FACTOR, 1).repeat(FACTOR, 2)
+
+
+def reduce(pixels):
+    """The encoder that belongs to it: mean, and what stands for a log-variance."""
+    batch, height, width, channels = pixels.shape
+    patches = pixels.reshape(batch, height // FACTOR, FACTOR, width // FACTOR, FACTOR, channels)
+    return patches.mean((2, 4)), patches.max((2, 4))
+
+
+@pytest.fixture
+def placewise():
+    return SimpleNamespace(factor=FACTOR, encode=reduce, decode=enlarge)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    """A network of every kind of layer but attention, whose pixels have a spread of about 0.25."""
+    network = AutoencoderKL((16, 16, 16), (0, 1, 1), groups=4, attention=False)
+    for index, variable in enumerate(network.trainable_variables):
+        values = normal(*variable.shape, seed=index)
+        if len(variable.shape) > 1:
+            variable.assign(values / math.sqrt(math.prod(variable.shape[:-1])))
+        else:
+            variable.assign(0.1 * values + variable.path.endswith("gamma"))
+    last = network.decoder.get_layer("decoder.conv_out").kernel
+    last.assign(0.5 * last)
+    return network
+
+
+def recorded(function):
+    """The function, and the shapes that it will have been given."""
+    shapes = []
+
+    def recording(values):
+        shapes.append(tuple(values.shape[1:3]))
+        return function(values)
+
+    return recording, shapes
+
+
+@pytest.mark.parametrize("size", [(4, 4), (5, 4), (9, 7), (16, 3), (1, 23), (2, 2)])
+@pytest.mark.parametrize("overlap", [None, 0, 1, 2, 3])
+def test_tiles_add_up_to_the_whole(placewise, size, overlap):
+    """Where places do not see one another, tiles change nothing, whatever their number and overlap."""
+    latents, pixels = normal(2, *size, 4), normal(2, FACTOR * size[0], FACTOR * size[1], 3)
+    decoded = tiled_decode(placewise, latents, tile=4, overlap=overlap)
+    np.testing.assert_allclose(decoded, enlarge(latents), rtol=1e-5, atol=1e-6)
+    pixel_overlap = None if overlap is None else FACTOR * overlap
+    encoded = tiled_encode(placewise, pixels, tile=FACTOR * 4, overlap=pixel_overlap)
+    np.testing.assert_allclose(encoded, reduce(pixels), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "shape"),
+    [
+        ((8, 8), 1, (8, 8)),
+        ((9, 8), 2, (8, 8)),
+        ((20, 14), 6, (8, 8)),
+        ((5, 21), 4, (5, 8)),
+        ((3, 4), 1, (3, 4)),
+    ],
+)
+def test_tiles_are_of_one_shape_and_few(placewise, size, count, shape):
+    """A tile every 6 latents, of 8 by default overlap; smaller only where the picture is."""
+    decode, decoded = recorded(enlarge)
+    tiled_decode(placewise, normal(1, *size, 4), tile=8, decode=decode)
+    assert decoded == [shape] * count
+    encode, encoded = recorded(reduce)
+    tiled_encode(placewise, normal(1, FACTOR * size[0], FACTOR * size[1], 3), tile=FACTOR * 8, encode=encode)
+    assert encoded == [(FACTOR * shape[0], FACTOR * shape[1])] * count
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_tiles_fade_into_one_another_linearly(placewise, axis):
+    """Each tile has a value of its own: 0, then 1."""
+    values = iter([0.0, 1.0])
+
+    def decode(latents):
+        return np.full((1, FACTOR * latents.shape[1], FACTOR * latents.shape[2], 3), next(values), "float32")
+
+    shape = (1, 12, 4, 4) if axis == 1 else (1, 4, 12, 4)
+    pixels = tiled_decode(placewise, np.zeros(shape, "float32"), tile=8, decode=decode)
+    profile = np.moveaxis(pixels, axis, 1)[:, :, 0, :]
+    ramp = (np.arange(8) + 0.5) / 8  # two tiles of 16 pixels over 24
+    expected = np.concatenate([np.zeros(8), ramp, np.ones(8)])
+    np.testing.assert_allclose(profile, np.broadcast_to(expected[None, :, None], profile.shape), atol=1e-6)
+
+
+@pytest.mark.parametrize("tile", [8, 16])
+def test_one_tile_is_the_whole(vae, tile):
+    pixels = normal(2, 32, 28, 3)
+    for ours, whole in zip(tiled_encode(vae, pixels, tile=4 * tile), vae.encode(pixels)):
+        np.testing.assert_array_equal(ours, whole)
+    latents = normal(2, 8, 7, 4)
+    np.testing.assert_array_equal(tiled_decode(vae, latents, tile=tile), vae.decode(latents))
+
+
+def test_seams_are_barely_seen(vae):
+    """Of latents like those of a diffusion model, unit normal, the pixels differ by less than 1 of 255 on average."""
+    latents = normal(1, 80, 104, 4)
+    whole = vae.decode(latents).numpy()
+    assert whole.std() > 0.2 and np.mean(np.abs(whole) == 1) < 0.01
+    difference = np.abs(tiled_decode(vae, latents) - whole) * 127.5
+    assert difference.mean() < 1
+    mean, logvar = vae.encode(whole)
+    for ours, expected in zip(tiled_encode(vae, whole, tile=256), (mean, logvar)):
+        assert np.abs(ours - expected).mean() < 0.03 * np.std(expected)
+
+
+def test_overlaps_take_away_the_borders(vae):
+    """Where a tile is padded with zeros, neighbours that see beyond it take its place."""
+    latents = normal(1, 16, 48, 4)
+    whole = vae.decode(latents).numpy()
+    border = np.abs(tiled_decode(vae, latents, tile=24, overlap=0) - whole)[:, :, 92:100].mean()
+    blended = np.abs(tiled_decode(vae, latents, tile=24, overlap=8) - whole)
+    assert blended[:, :, 92:100].mean() < 0.5 * border
+
+
+def test_a_compiled_function_is_traced_once(vae):
+    traced = []
+
+    @tf.function(autograph=False)
+    def decode(latents):
+        traced.append(latents.shape)
+        return vae.decode(latents)
+
+    latents = normal(1, 11, 14, 4)
+    compiled = tiled_decode(vae, latents, tile=6, decode=decode)
+    assert len(traced) == 1
+    np.testing.assert_allclose(compiled, tiled_decode(vae, latents, tile=6), rtol=1e-4, atol=1e-5)
+
+
+def test_sizes_that_are_no_multiples_are_refused(placewise):
+    for settings in ({"pixels": normal(1, 15, 16, 3)}, {"tile": 9}, {"overlap": 3}):
+        settings = {"pixels": normal(1, 16, 16, 3), "tile": 8, **settings}
+        with pytest.raises(ValueError, match=r"tiled_encode: received height 1., .* expected multiples of 2"):
+            tiled_encode(placewise, **settings)
+
+
+@pytest.mark.parametrize(("tile", "overlap"), [(8, 8), (8, -1), (0, None)])
+def test_overlaps_that_are_no_smaller_than_a_tile_are_refused(placewise, tile, overlap):
+    with pytest.raises(
+        ValueError, match=f"tile of {tile} latents and an overlap of .*, expected 0 <= overlap < tile"
+    ):
+        tiled_decode(placewise, normal(1, 16, 16, 4), tile=tile, overlap=overlap)
+
+
+def test_an_autoencoder_with_skips_has_no_tiles_of_latents():
+    skipping = AutoencoderKL((2, 2), (0, 0), groups=1, attention=False, skips=True)
+    with pytest.raises(ValueError, match="expected a picture"):
+        tiled_decode(skipping, normal(1, 4, 4, 4), tile=2)
