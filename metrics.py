@@ -12,6 +12,10 @@ FEWEST_FOR_FLOOR = 2 * FEWEST_FOR_KID  # real pictures, of which the floor compa
 _NORMAL_97_5 = 1.959964  # quantile of the standard normal: a two-sided 95 % interval
 
 
+_GAUSSIAN = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
+_SSIM_WINDOW = _GAUSSIAN / _GAUSSIAN.sum()  # along one side
+
+
 class Estimate(NamedTuple):
     """A measured number and its 95 % interval."""
 
@@ -281,16 +285,67 @@ def psnr(images_a, images_b):
     Raises:
         ValueError: dtypes or shapes that do not fit, or no picture.
     """
-    if not (
-        images_a.dtype == images_b.dtype == np.uint8 and images_a.shape == images_b.shape and len(images_a)
-    ):
-        received = f"{images_a.dtype} {images_a.shape} and {images_b.dtype} {images_b.shape}"
-        raise ValueError(f"psnr: received {received}, expected equal shapes of uint8 and a picture at least")
+    _check_pairs("psnr", images_a, images_b)
     differences = images_a.astype("float32") - images_b.astype("float32")
     errors = np.square(differences).mean(axis=(1, 2, 3), dtype="float64")
     with np.errstate(divide="ignore"):
         decibels = 10 * np.log10(255.0**2 / errors)
     return _mean_estimate(decibels)
+
+
+def ssim(images_a, images_b):
+    """Structural similarity (Wang et al. 2004), 1 for equal pictures, the mean over pictures with its interval.
+
+    Theirs is the window, 11x11 and Gaussian of sigma 1.5, and K1 = 0.01, K2 = 0.03 for a range of 255; the variances
+    are those of the window, not divided by one less. The map is averaged over all places whose window lies within the
+    picture, and over the channels. Pictures are taken one after another, so memory does not grow with their number.
+
+    Arguments:
+        images_a, images_b: uint8 (B, H, W, C) of one shape, H and W 11 at least.
+
+    Returns:
+        Estimate: mean over pictures +- 1.96 standard errors, with an infinite interval for a single pair.
+
+    Raises:
+        ValueError: dtypes or shapes that do not fit, no picture, or pictures smaller than the window.
+    """
+    _check_pairs("ssim", images_a, images_b)
+    if min(images_a.shape[1:3]) < len(_SSIM_WINDOW):
+        raise ValueError(f"ssim: received pictures of shape {images_a.shape}, expected 11x11 pixels at least")
+    similarities = [_similarity(a, b) for a, b in zip(images_a, images_b, strict=True)]
+    return _mean_estimate(np.array(similarities))
+
+
+def _similarity(a, b):
+    """The structural similarity of two pictures uint8 (H, W, C), eq. 13 of Wang et al. 2004."""
+    a, b = a.astype("float64"), b.astype("float64")
+    mean_a, mean_b, square_a, square_b, product = map(_windowed_mean, (a, b, a * a, b * b, a * b))
+    variances = square_a - mean_a**2 + square_b - mean_b**2
+    covariance = product - mean_a * mean_b
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    structure = (2 * covariance + c2) / (variances + c2)  # contrast's and structure's terms in one
+    return (luminance * structure).mean()
+
+
+def _windowed_mean(values):
+    """(H, W, C) -> (H - 10, W - 10, C), means by the Gaussian window, rows and then columns."""
+    for _ in ("rows", "columns"):
+        places = len(values) - len(_SSIM_WINDOW) + 1
+        shifted = (values[start : start + places] for start in range(len(_SSIM_WINDOW)))
+        means = sum(share * part for share, part in zip(_SSIM_WINDOW, shifted, strict=True))
+        values = means.swapaxes(0, 1)
+    return values
+
+
+def _check_pairs(name, images_a, images_b):
+    if not (
+        images_a.dtype == images_b.dtype == np.uint8 and images_a.shape == images_b.shape and len(images_a)
+    ):
+        received = f"{images_a.dtype} {images_a.shape} and {images_b.dtype} {images_b.shape}"
+        raise ValueError(
+            f"{name}: received {received}, expected equal shapes of uint8 and a picture at least"
+        )
 
 
 def _mean_estimate(values):

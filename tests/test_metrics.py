@@ -1,4 +1,4 @@
-"""KID against its definition, its closed form and its own interval; protocols; PSNR."""
+"""KID against its definition, its closed form and its own interval; protocols; PSNR and SSIM."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import metrics
-from metrics import KID, Estimate, Protocol, kid, kid_difference, kid_floor, psnr
+from metrics import KID, Estimate, Protocol, kid, kid_difference, kid_floor, psnr, ssim
 
 
 def kernel(a, b):
@@ -241,10 +241,82 @@ def test_psnr_without_difference_or_without_spread():
     )
 
 
+def test_ssim_of_constant_pictures_is_its_closed_form():
+    """Without variance only the luminance's term is left."""
+    values = [(10, 10), (10, 200), (0, 255)]
+    one, other = (np.array(side, np.uint8)[:, None, None, None] for side in zip(*values))
+    picture = np.ones((3, 12, 14, 3), np.uint8)
+    c1 = 2.55**2
+    expected = [(2.0 * a * b + c1) / (a * a + b * b + c1) for a, b in values]
+    received = ssim(picture * one, picture * other)
+    assert received.value == pytest.approx(np.mean(expected), rel=1e-9)
+    error = np.std(expected, ddof=1) / math.sqrt(3)
+    assert received.high - received.value == pytest.approx(1.959964 * error, rel=1e-9)
+
+
+def ssim_window_by_window(a, b):
+    """The definition for one channel (H, W): every 11x11 window, weighed by a two-dimensional Gaussian."""
+    y, x = np.mgrid[-5:6, -5:6]
+    weights = np.exp(-(x**2 + y**2) / (2 * 1.5**2)).ravel()
+    weights = weights / weights.sum()
+    values = []
+    for i, j in itertools.product(range(a.shape[0] - 10), range(a.shape[1] - 10)):
+        p, q = (side[i : i + 11, j : j + 11].ravel().astype(float) for side in (a, b))
+        mean_p, mean_q = weights @ p, weights @ q
+        var_p, var_q = weights @ (p - mean_p) ** 2, weights @ (q - mean_q) ** 2
+        covariance = weights @ ((p - mean_p) * (q - mean_q))
+        luminance = (2 * mean_p * mean_q + 6.5025) / (mean_p**2 + mean_q**2 + 6.5025)
+        values.append(luminance * (2 * covariance + 58.5225) / (var_p + var_q + 58.5225))
+    return np.mean(values)
+
+
+def test_ssim_is_its_definition(rng):
+    one = rng.integers(0, 256, (2, 13, 15, 3), dtype=np.uint8)
+    other = np.clip(one + rng.normal(0, 40, one.shape), 0, 255).astype(np.uint8)
+    pictures = [
+        np.mean([ssim_window_by_window(a[..., channel], b[..., channel]) for channel in range(3)])
+        for a, b in zip(one, other)
+    ]
+    value, low, high = ssim(one, other)
+    assert value == pytest.approx(np.mean(pictures), rel=1e-9)
+    assert high - low == pytest.approx(1.959964 * abs(pictures[0] - pictures[1]), rel=1e-6)
+    assert ssim(other, one) == pytest.approx((value, low, high), rel=1e-12)
+
+
+def test_ssim_falls_from_1_with_the_difference(rng):
+    picture = rng.integers(0, 256, (1, 16, 16, 3), dtype=np.uint8)
+    noise = rng.normal(size=picture.shape)
+    noisy = [np.clip(picture + size * noise, 0, 255).astype(np.uint8) for size in (0, 10, 30, 90)]
+    values = [ssim(picture, other).value for other in noisy]
+    assert values[0] == pytest.approx(1, abs=1e-12)
+    assert values == sorted(values, reverse=True)
+    assert ssim(picture, 255 - picture).value < -0.9
+
+
+@pytest.mark.parametrize("size", [(10, 16), (16, 10)])
+def test_ssim_refuses_pictures_smaller_than_its_window(size):
+    picture = np.zeros((1, *size, 3), np.uint8)
+    with pytest.raises(
+        ValueError, match=r"ssim: received pictures of shape \(1, 1., 1., 3\), expected 11x11"
+    ):
+        ssim(picture, picture)
+
+
+@pytest.mark.parametrize("measure", [psnr, ssim])
 @pytest.mark.parametrize(
     "other",
-    [np.zeros((1, 4, 4, 3), "float32"), np.zeros((1, 4, 5, 3), np.uint8), np.zeros((2, 4, 4, 3), np.uint8)],
+    [
+        np.zeros((1, 12, 12, 3), "float32"),
+        np.zeros((1, 12, 13, 3), np.uint8),
+        np.zeros((2, 12, 12, 3), np.uint8),
+    ],
 )
-def test_psnr_refuses_pictures_that_do_not_fit(other):
-    with pytest.raises(ValueError, match="psnr: received"):
-        psnr(np.zeros((1, 4, 4, 3), np.uint8), other)
+def test_pictures_that_do_not_fit_are_refused(measure, other):
+    with pytest.raises(ValueError, match=f"{measure.__name__}: received .*, expected equal shapes of uint8"):
+        measure(np.zeros((1, 12, 12, 3), np.uint8), other)
+
+
+@pytest.mark.parametrize("measure", [psnr, ssim])
+def test_no_picture_is_refused(measure):
+    with pytest.raises(ValueError, match="a picture at least"):
+        measure(np.zeros((0, 12, 12, 3), np.uint8), np.zeros((0, 12, 12, 3), np.uint8))
