@@ -23,7 +23,14 @@ SAMPLERS = ("ddpm", "ddim", "euler", "euler-ancestral", "heun", "dpmpp-2m", "dpm
 SPACINGS = ("uniform", "leading", "trailing", "karras", "logsnr-uniform")
 # Most steps of the spacings leading and trailing, which take them from the discrete chain's.
 GRID_STEPS = 1000
+RECONSTRUCTION_LOSSES = ("l1", "mse", "mix")
+KL_SCHEDULES = ("constant", "linear", "cosine", "cyclical")
+ADVERSARIAL_LOSSES = ("hinge", "vanilla", "non-saturating")
+NORMS = ("group", "batch", "none")
+PERCEPTUAL_NETWORKS = ("efficientnet_lite0", "vgg16", "alexnet", "squeezenet")
+RATE_SCHEDULES = ("cosine", "constant", "plateau")
 CONDITIONINGS = ("text", "class", "none")
+SMALLEST_LIMIT = 1e-6  # of what the guard holds the adversarial loss to
 PROCESS_RANGE = (1e-3, 1e3)  # of the shift and the SNR's cap
 
 
@@ -139,8 +146,26 @@ def _least_values(config):
             yield f"{prefix}.steps-per-epoch", stage.steps_per_epoch, 1
         if stage.micro_batches is not None:
             yield f"{prefix}.micro-batches", stage.micro_batches, 1
-    yield "vae-training.kl-weight", vae_training.kl_weight, 0
-    yield "vae-training.perceptual-weight", vae_training.perceptual_weight, 0
+    for name in (
+        "recon_weight",
+        "kl_weight",
+        "kl_warmup_steps",
+        "free_bits",
+        "perceptual_weight",
+        "rkid_every",
+    ):
+        yield f"vae-training.{name.replace('_', '-')}", getattr(vae_training, name), 0
+    for name in ("kl_cycles", "plateau_epochs", "previews"):
+        yield f"vae-training.{name.replace('_', '-')}", getattr(vae_training, name), 1
+    if vae_training.early_stopping is not None:
+        yield "vae-training.early-stopping", vae_training.early_stopping, 1
+    adversarial = config.adversarial
+    for name in ("weight", "start", "limit", "r1_weight", "lecam_weight", "learning_rate", "guard_drop"):
+        yield f"adversarial.{name.replace('_', '-')}", getattr(adversarial, name), 0
+    for name in ("channels", "layers"):
+        yield f"adversarial.{name}", getattr(adversarial, name), 1
+    for name in ("guard_ratio", "guard_gap"):
+        yield f"adversarial.{name.replace('_', '-')}", getattr(adversarial, name), SMALLEST_LIMIT
     yield "training.latent-crops", training.latent_crops, 1
     yield "training.snapshots", training.snapshots, 0
     yield "diffusion.shift", config.diffusion.shift, PROCESS_RANGE[0]
@@ -169,6 +194,9 @@ def _largest_values(config):
 
 
 def _fractions(config):
+    yield "vae-training.ema", config.vae_training.ema, 1
+    yield "vae-training.l1-share", config.vae_training.l1_share, 1
+    yield "vae-training.plateau-factor", config.vae_training.plateau_factor, 1
     yield "training.ema", config.training.ema, 1
     yield "training.caption-dropout", config.training.caption_dropout, 1
     yield "training.offset-noise", config.training.offset_noise, 1
@@ -180,15 +208,22 @@ def _fractions(config):
 
 def _choices(config):
     yield "conditioning", config.conditioning, CONDITIONINGS
-    yield "vae-training.recon-loss", config.vae_training.recon_loss, ("l1", "mse")
-    yield "vae-training.optimizer", config.vae_training.optimizer, ("adamw", "muon")
+    vae_training, adversarial = config.vae_training, config.adversarial
+    yield "vae-training.recon-loss", vae_training.recon_loss, RECONSTRUCTION_LOSSES
+    yield "vae-training.kl-schedule", vae_training.kl_schedule, KL_SCHEDULES
+    yield "vae-training.schedule", vae_training.schedule, RATE_SCHEDULES
+    yield "vae-training.keep", vae_training.keep, ("last", "best")
+    yield "vae-training.perceptual-network", vae_training.perceptual_network, PERCEPTUAL_NETWORKS
+    yield "vae-training.optimizer", vae_training.optimizer, ("adamw", "muon")
+    yield "adversarial.loss", adversarial.loss, ADVERSARIAL_LOSSES
+    yield "adversarial.norm", adversarial.norm, NORMS
     yield "training.optimizer", config.training.optimizer, ("adamw", "muon")
     yield "training.times", config.training.times, TIMES
     yield "diffusion.target", config.diffusion.target, TARGETS
     yield "diffusion.schedule", config.diffusion.schedule, SCHEDULES
     yield "diffusion.weight", config.diffusion.weight, WEIGHTS
     yield "diffusion.loss", config.diffusion.loss, LOSSES
-    yield "vae-training.perceptual-depth", config.vae_training.perceptual_depth, (1, 2, 3, 4, 5)
+    yield "vae-training.perceptual-depth", vae_training.perceptual_depth, (1, 2, 3, 4, 5)
     yield "evaluation.network", config.evaluation.network, ("efficientnet_lite0", "inception_v3")
 
 

@@ -31,6 +31,9 @@ class VAEConfig:
     latent_channels: int = 4  # channels of the latents
     groups: int = 8  # groups of the normalisations
     attention: bool = False  # self-attention in the middle
+    # the encoder's features go to the decoder too; then latents alone make no picture, so it is for train-vae only
+    skips: bool = False
+    tanh: bool = False  # tanh on the decoder's output
     latent_scale: float | None = None  # factor to unit variance; None measures it after training
 
 
@@ -87,10 +90,55 @@ class VAETrainingConfig:
     warmup_steps: int = 100  # linear warm-up, then cosine decay to a hundredth
     weight_decay: float = 0.0  # of kernels; never of biases and norms
     clip_norm: float = 1.0  # largest global norm of the gradient
-    recon_loss: str = "mse"  # l1 or mse
+    # of the learning rate, after its warm-up: cosine, constant, or plateau, which lowers it when val_loss stays
+    schedule: str = "cosine"
+    plateau_epochs: int = 3  # of plateau: epochs without a lower val_loss before it is lowered
+    plateau_factor: float = 0.5  # of plateau: what it is multiplied by then
+    # epochs without a lower val_loss after which the training stops; None: never
+    early_stopping: int | None = None
+    keep: str = "last"  # what the stage ends with: the weights of the last epoch, or of the best by val_loss
+    ema: float = 0.0  # decay of an averaged copy, which is the one that is kept; 0: none
+    # train the decoder only: the latents, and the U-Nets that draw them, stay good; needs --vae-from
+    decoder_only: bool = False
+    recon_loss: str = "mse"  # l1, mse or mix, which adds them up
+    recon_weight: float = 1.0  # of the reconstruction loss
+    l1_share: float = 0.5  # of mix: the share of l1
     kl_weight: float = 1e-3  # of the KL divergence in nats a latent value
-    perceptual_weight: float = 0.1  # of the distance in EfficientNet-Lite0 features; 0 leaves it out
-    perceptual_depth: int = 3  # how many levels of those features, 1 to 5; each next one costs more
+    kl_schedule: str = "constant"  # how that weight begins: constant, linear, cosine or cyclical
+    kl_warmup_steps: int = 0  # steps until it is whole
+    kl_cycles: int = 4  # of cyclical: cycles within those steps
+    free_bits: float = 0.0  # nats a latent value that each channel may have without the KL's pressure
+    perceptual_weight: float = 0.1  # of the perceptual distance; 0 leaves it out
+    # what sees it: efficientnet_lite0, which comes with pip, or LPIPS by vgg16, alexnet or squeezenet
+    perceptual_network: str = "efficientnet_lite0"
+    perceptual_depth: int = 3  # levels of efficientnet_lite0's features, 1 to 5; each next one costs more
+    perceptual_weights: str | None = None  # local file of that network's weights; None: pip's, or downloaded
+    perceptual_heads: str | None = None  # local file of LPIPS's linear heads; None: downloaded
+    rkid_every: int = 0  # epochs between measurements of the reconstructions' KID; 0: none
+    previews: int = 8  # pictures shown there and back after each epoch
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """The discriminator that the autoencoder is trained against (`trainer.Adversary`), and the guard over both."""
+
+    weight: float = 0.0  # of the adversarial loss; 0 leaves it out, 0.5 is usual
+    loss: str = "hinge"  # hinge, vanilla or non-saturating
+    start: int = 0  # steps of the autoencoder before the discriminator begins
+    # make its gradient as large as the reconstruction's, in the decoder's last layer, before the weight counts
+    adaptive: bool = True
+    limit: float = 1e4  # largest factor of adaptive
+    r1_weight: float = 0.0  # of the R1 penalty on the discriminator's gradient; 0 leaves it out
+    lecam_weight: float = 0.0  # of LeCam's penalty on its logits; 0 leaves it out
+    learning_rate: float = 2e-4  # of the discriminator, by AdamW
+    channels: int = 64  # of its first layer
+    layers: int = 3  # that halve the size; each patch is judged by itself
+    norm: str = "group"  # group, batch (over all devices) or none
+    spectral_norm: bool = False  # spectral normalisation of its convolutions
+    guard: bool = True  # back off, or go back to the last good checkpoint, when it takes over
+    guard_drop: float = 1.0  # fall of the held-out PSNR in dB, from its best, that goes back
+    guard_ratio: float = 2.0  # adversarial gradient to the reconstruction's, above which its weight backs off
+    guard_gap: float = 5.0  # real logits less reconstructions', above which it does too
 
 
 @dataclass(frozen=True)
@@ -162,6 +210,7 @@ class Config:
     unet: UNetConfig = field(default_factory=UNetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     vae_training: VAETrainingConfig = field(default_factory=VAETrainingConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 

@@ -80,10 +80,6 @@ class Trainer(keras.Model):
         scale = loss_scale(self.optimizer)
         return [gradient / scale for gradient in self._gradients(batch)[0]]
 
-    def gradients_of(self, batch):
-        """This replica's share of the gradients of a batch, one for each of `trained_variables`."""
-        return self._gradients(batch)[0]
-
     def _gradients(self, batch):
         """The gradients of the batch's mean loss, this replica's share of them, and the mean of each loss."""
         variables = self.trained_variables
