@@ -18,6 +18,7 @@ from checkpoint import RunFolder, assign, collect, named_variables
 from metrics import FEWEST_FOR_FLOOR, Estimate
 
 SHOW_EVERY = 10  # steps between two readings of the loss, which make an accelerator wait
+MOST_SKIPPED = 10  # steps in a row whose gradient is not finite, after which a training stops
 
 
 class Interrupted(BaseException):
@@ -29,6 +30,14 @@ class Interrupted(BaseException):
     def __init__(self, number):
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.signal = number
+
+
+class Diverged(Exception):
+    """Steps in a row had no finite gradient; `step` is the last of them."""
+
+    def __init__(self, step):
+        super().__init__(f"{MOST_SKIPPED} steps in a row, the last of them step {step}, were not finite")
+        self.step = step
 
 
 class Signals:
@@ -107,6 +116,8 @@ class Keeper(keras.callbacks.Callback):
         before_test: function of the step, called before the trainer's `evaluate`.
         finish_row: function of (epoch, logs) -> dict of more entries for the epoch's row.
         choose: function of the row -> what it is chosen by, a `Measured`, or None where that was not measured.
+        act: function of the row, called when the best is kept and before the checkpoint is: it may change the trainer.
+            It returns a dict of more entries for the row; one named "stopped", a sentence, ends the training.
         kid_every: epochs between two measurements of KID; the first and the last epoch have one anyway.
         snapshots: the steps whose power averages are kept, see `averages`.
     """
@@ -121,6 +132,7 @@ class Keeper(keras.callbacks.Callback):
         before_test=None,
         finish_row=None,
         choose=None,
+        act=None,
         kid_every=1,
         snapshots=(),
     ):
@@ -129,8 +141,8 @@ class Keeper(keras.callbacks.Callback):
         self.run, self.stage, self.signals = run, stage, signals
         self.steps_per_epoch, self.epochs = steps_per_epoch, epochs
         self.before_test, self.finish_row = before_test, finish_row
-        self.choose, self.kid_every = choose, kid_every
-        self.step, self.pending, self.logs = 0, False, {}
+        self.choose, self.act, self.kid_every = choose, act, kid_every
+        self.step, self.pending, self.logs, self.stopped = 0, False, {}, False
         self._metrics, self._seconds, self._started = {}, 0.0, time.monotonic()
         self._first = True
 
@@ -142,7 +154,7 @@ class Keeper(keras.callbacks.Callback):
                 assign(variables, saved.tensors, prefix, source=self.run.path)
             self.step, self.pending = saved.step, saved.state["pending"]
             self.logs, self._seconds = saved.state["logs"], saved.state["seconds"]
-            self._metrics = saved.state["metrics"]
+            self._metrics, self.stopped = saved.state["metrics"], saved.state["stopped"]
         self.run.truncate_log(self.stage, self.step - self.pending)
 
     def save(self, trainer):
@@ -152,7 +164,12 @@ class Keeper(keras.callbacks.Callback):
             tensors.update(collect(variables, prefix))
         metrics = {} if self.pending else _metric_values(trainer)
         state = {"pending": self.pending, "logs": self.logs, "seconds": self._elapsed(), "metrics": metrics}
-        self.run.save(self.stage, self.step, tensors, state)
+        self.run.save(self.stage, self.step, tensors, state | {"stopped": self.stopped})
+
+    @property
+    def is_done(self):
+        """Whether all steps are, or something has ended the training before."""
+        return self.stopped or self.step >= self.epochs * self.steps_per_epoch
 
     def on_epoch_begin(self, epoch, logs=None):
         # `fit` has just reset the metrics: an epoch that was cut goes on with what it had gathered.
@@ -177,6 +194,8 @@ class Keeper(keras.callbacks.Callback):
             self.run.save_average(
                 self.stage, self.step, collect(self.model.power_averages.variables, "average")
             )
+        if self.step % MOST_SKIPPED == 0 and skipped_in_row(self.model) >= MOST_SKIPPED:
+            raise Diverged(self.step)
         self.signals.release()
 
     def on_test_begin(self, logs=None):
@@ -186,12 +205,14 @@ class Keeper(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         self.signals.shield()
         row = {"stage": self.stage, "epoch": epoch + 1, "step": self.step, **self.logs, **(logs or {})}
-        row["learning_rate"] = float(self.model.optimizer.learning_rate)
+        row |= _of_optimizers(self.model)
         row.update(self.finish_row(epoch, row) if self.finish_row else {})
         row["seconds"] = round(self._elapsed(), 2)
         row["best"] = self._keep_best(row)
+        row |= self.act(row) if self.act else {}
         self.run.log(row)
-        self.pending, self.logs = False, {}
+        self.pending, self.logs, self.stopped = False, {}, "stopped" in row
+        self.model.stop_training = self.stopped
         self.model.reset_metrics()
         self.save(self.model)
         tqdm.write(describe(row))
@@ -215,6 +236,26 @@ class Keeper(keras.callbacks.Callback):
         return self._seconds + time.monotonic() - self._started
 
 
+def _of_optimizers(trainer):
+    """What a row says of the trainer's optimizers."""
+    own, *others = trainer.optimizers_in_use
+    scale = np.asarray(own.rate_scale) if hasattr(own, "rate_scale") else 1.0
+    entries = {"learning_rate": float(own.learning_rate) * float(scale)}
+    skipped = sum(int(np.asarray(optimizer.skipped)) for optimizer in (own, *others) if _counts(optimizer))
+    return entries | ({"skipped_steps": skipped} if skipped else {})
+
+
+def skipped_in_row(trainer):
+    """How many steps in a row one of a trainer's optimizers has skipped up to now."""
+    counting = [optimizer for optimizer in trainer.optimizers_in_use if _counts(optimizer)]
+    return max((int(np.asarray(optimizer.skipped_in_row)) for optimizer in counting), default=0)
+
+
+def _counts(optimizer):
+    """Whether an optimizer counts the steps that it skips, as those of `optimizers` do."""
+    return hasattr(optimizer, "skipped_in_row")
+
+
 def _metric_values(trainer):
     return {
         name: [float(variable) for variable in tracker.variables]
@@ -226,7 +267,7 @@ def describe(row):
     """A row of the log as one line for the console."""
     parts = [f"epoch {row['epoch']}"]
     for name, value in row.items():
-        if name in ("loss", "val_loss") or name.endswith("_psnr"):
+        if name in ("loss", "val_loss", "val_psnr", "val_ssim", "val_rkid"):
             parts.append(f"{name} {value:.4g}")
     if math.isfinite(row.get("val_kid", math.nan)):
         low, high, floor = (row[f"val_kid_{end}"] for end in ("low", "high", "floor"))
@@ -238,7 +279,10 @@ def describe(row):
         )
         parts.append(f"KID {row['val_kid']:.4f} [{low:.4f}, {high:.4f}], {told}")
     parts.append(f"after {row['seconds']:.0f} s")
-    return "   ".join(parts) + ("   best so far" if row.get("best") else "")
+    told = [row[name] for name in ("guard", "rate", "stopped") if name in row]
+    if "skipped_steps" in row:
+        told.append(f"{row['skipped_steps']} steps so far were not finite and are skipped")
+    return "\n      ".join(["   ".join(parts) + ("   best so far" if row.get("best") else ""), *told])
 
 
 class Bar(keras.callbacks.Callback):

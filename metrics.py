@@ -208,6 +208,11 @@ class KID(keras.metrics.Metric):
         self._fixed_real = None
         self.reset_state()
 
+    @property
+    def has_real(self):
+        """Whether `set_real` has been called."""
+        return self._fixed_real is not None
+
     def set_real(self, features):
         """Keeps the real pictures' features (N, D) for good, so that no epoch computes them again."""
         self._fixed_real = _checked_features(features)
@@ -290,7 +295,7 @@ def psnr(images_a, images_b):
     errors = np.square(differences).mean(axis=(1, 2, 3), dtype="float64")
     with np.errstate(divide="ignore"):
         decibels = 10 * np.log10(255.0**2 / errors)
-    return _mean_estimate(decibels)
+    return mean_estimate(decibels)
 
 
 def ssim(images_a, images_b):
@@ -313,7 +318,7 @@ def ssim(images_a, images_b):
     if min(images_a.shape[1:3]) < len(_SSIM_WINDOW):
         raise ValueError(f"ssim: received pictures of shape {images_a.shape}, expected 11x11 pixels at least")
     similarities = [_similarity(a, b) for a, b in zip(images_a, images_b, strict=True)]
-    return _mean_estimate(np.array(similarities))
+    return mean_estimate(np.array(similarities))
 
 
 def _similarity(a, b):
@@ -348,7 +353,8 @@ def _check_pairs(name, images_a, images_b):
         )
 
 
-def _mean_estimate(values):
+def mean_estimate(values):
+    """The mean of values (N,) of N pictures as an `Estimate`, +- 1.96 standard errors."""
     mean = float(values.mean())
     if not np.isfinite(mean):
         return Estimate(mean, mean, mean)

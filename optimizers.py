@@ -243,13 +243,14 @@ def orthogonalised(matrices):
     return tf.matmul(matrices, product)
 
 
-def warmup_cosine(peak, steps, warmup_steps):
-    """A learning rate that climbs linearly to `peak` and falls along a cosine to a hundredth of it.
+def warmup_cosine(peak, steps, warmup_steps, final=FINAL_LEARNING_RATE):
+    """A learning rate that climbs linearly to `peak` and falls along a cosine to a share `final` of it.
 
     Args:
         peak: largest learning rate.
         steps: all steps of the training.
         warmup_steps: steps of the climb.
+        final: the share that is left at the end; 1 stays at the peak.
     """
     warmup_steps = min(warmup_steps, max(1, steps // 2))
     return keras.optimizers.schedules.CosineDecay(
@@ -257,7 +258,7 @@ def warmup_cosine(peak, steps, warmup_steps):
         warmup_target=peak,
         warmup_steps=warmup_steps,
         decay_steps=max(1, steps - warmup_steps),
-        alpha=FINAL_LEARNING_RATE,
+        alpha=final,
     )
 
 

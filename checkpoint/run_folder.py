@@ -127,6 +127,20 @@ class RunFolder:
         return self.path / "ema_sweep.png"
 
     @property
+    def vae_curves_path(self) -> Path:
+        return self.path / "vae_curves.png"
+
+    @property
+    def latents_path(self) -> Path:
+        return self.path / "latents.png"
+
+    def tracked_path(self, stage: str) -> Path:
+        return self.path / f"tracked_{stage}.jsonl"
+
+    def events_path(self, stage: str) -> Path:
+        return self.path / "tensorboard" / stage
+
+    @property
     def is_finished(self) -> bool:
         """Whether all stages are done: curves are the last thing that a run writes."""
         return self.curves_path.exists()

@@ -133,6 +133,7 @@ def _least_values(config):
     vae_training, training, evaluation = config.vae_training, config.training, config.evaluation
     yield "image-size", config.image_size, 8
     yield "seed", config.seed, 0
+    yield "track", config.track, 0
     yield "epochs", training.epochs, 1
     yield "batch-size", training.batch_size, 1
     yield "vae-training.epochs", vae_training.epochs, 1

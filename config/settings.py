@@ -8,7 +8,7 @@ import tyro
 
 from errors import InputError
 
-START_ONLY = ("run", "gpus")  # what may differ from one start of a run to the next
+START_ONLY = ("run", "gpus", "track")  # what may differ from one start of a run to the next
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class VAETrainingConfig:
     ema: float = 0.0  # decay of an averaged copy, which is the one that is kept; 0: none
     # train the decoder only: the latents, and the U-Nets that draw them, stay good; needs --vae-from
     decoder_only: bool = False
-    recon_loss: str = "mse"  # l1, mse or mix, which adds them up
+    recon_loss: str = "mse"  # l1, mse or mix of both
     recon_weight: float = 1.0  # of the reconstruction loss
     l1_share: float = 0.5  # of mix: the share of l1
     kl_weight: float = 1e-3  # of the KL divergence in nats a latent value
@@ -114,7 +114,8 @@ class VAETrainingConfig:
     perceptual_depth: int = 3  # levels of efficientnet_lite0's features, 1 to 5; each next one costs more
     perceptual_weights: str | None = None  # local file of that network's weights; None: pip's, or downloaded
     perceptual_heads: str | None = None  # local file of LPIPS's linear heads; None: downloaded
-    rkid_every: int = 0  # epochs between measurements of the reconstructions' KID; 0: none
+    # epochs between measurements of the perceptual distance and KID of reconstructions (rKID); 0: none
+    measure_every: int = 0
     previews: int = 8  # pictures shown there and back after each epoch
 
 
@@ -199,6 +200,8 @@ class Config:
     # what pictures are drawn from: text, their captions; class, one label each; or none, which needs neither
     conditioning: str = "text"
     gpus: str = "all"  # GPUs to train on: all, none, or indices such as 0,2
+    # steps between two readings of all layers' activations, weights and gradients, for TensorBoard and a plot; 0: none
+    track: int = 0
     # train the autoencoder, also one that --vae-from takes; None: only where there is none to take
     train_vae: bool | None = None
     # another run's folder, whose trained autoencoder is taken as it is, or trained further with --train-vae

@@ -75,7 +75,7 @@ def _train(config, run, data, strategy, signals):
     features = FeatureNetwork(judge.network, judge.size, judge.weights)
     text = text_encoder_from(config, data.vocabulary) if config.text_from else None
     with _stage("autoencoder"):
-        vae = trained_autoencoder(config, run, data, strategy, signals)
+        vae = trained_autoencoder(config, run, data, features, strategy, signals)
     with _stage("latents"):
         latents = latents_of(config, run, data, vae)
     with _stage("diffusion"):

@@ -8,18 +8,42 @@ import input_pipeline as pipeline
 from callbacks import Keeper
 from checkpoint import RunFolder, assign, collect, named_variables
 from errors import InputError
-from generate import captioned_grid, make_vae
-from metrics import psnr
-from model.perceptual import PerceptualDistance
-from stages.fitting import fit, optimizer_of, steps_an_epoch
-from trainer import VAETrainer, reconstruct
+from evaluate import latent_report, plot_latents, plot_vae_curves
+from generate import make_vae
+from model.discriminator import PatchDiscriminator
+from model.lpips import perceptual
+from optimizers import adamw
+from stages.appraisal import Appraisal, save_plot
+from stages.fitting import fit, learning_rate_of, optimizer_of, steps_an_epoch
+from trainer import Adversary, VAETrainer
 
 LATENT_STATISTICS_FROM = 2048  # pictures from which the latents' mean and deviation are measured
-SHOWN_RECONSTRUCTIONS = 8
+DISC_BETA_1 = (
+    0.5  # of its Adam: a discriminator's gradients of long ago are of other pictures (Radford et al. 2016)
+)
+OWN_SETTINGS = (  # of `VAETrainer`, that have the same name in the config
+    "recon_loss",
+    "recon_weight",
+    "l1_share",
+    "kl_weight",
+    "kl_schedule",
+    "kl_warmup_steps",
+    "kl_cycles",
+    "free_bits",
+    "perceptual_weight",
+    "decoder_only",
+    "ema",
+    "micro_batches",
+)
 
 
-def trained_autoencoder(config, run, data, strategy, signals):
-    """The run's finished autoencoder: trained here, taken from another run, or both."""
+def trained_autoencoder(config, run, data, features, strategy, signals):
+    """The run's finished autoencoder: trained here, taken from another run, or both.
+
+    Args:
+        config, run, data, strategy, signals: of the run.
+        features: images -> features for the KID of reconstructions.
+    """
     keras.utils.set_random_seed(config.seed)  # for the first weights; no step draws from it
     with strategy.scope():
         vae = make_vae(config)
@@ -27,7 +51,7 @@ def trained_autoencoder(config, run, data, strategy, signals):
         if config.vae_from:
             _assign_vae(vae, RunFolder.read(config.vae_from), "--vae-from")
         if config.train_vae or not config.vae_from:
-            _train_autoencoder(config, run, data, vae, strategy, signals)
+            _train_autoencoder(config, run, data, vae, features, strategy, signals)
         run.finish("vae", collect(named_variables(vae), "vae"), {"from": config.vae_from})
     else:
         _assign_vae(vae, run, "--run")
@@ -45,9 +69,10 @@ def _assign_vae(vae, run, flag):
         raise InputError(f"{refusal}; give the --vae.* settings of {run.path / 'config.json'}") from None
 
 
-def _train_autoencoder(config, run, data, vae, strategy, signals):
+def _train_autoencoder(config, run, data, vae, features, strategy, signals):
     stage = config.vae_training
     steps_per_epoch = steps_an_epoch(stage, len(data.train_ids))
+    _check_start(config.adversarial, stage.epochs * steps_per_epoch)
     keeper = Keeper(run, "vae", steps_per_epoch, signals, stage.epochs)
     held_out = data.whole(data.validation_ids, config.image_size)
     stream = {
@@ -57,25 +82,11 @@ def _train_autoencoder(config, run, data, vae, strategy, signals):
         "latent_shape": vae.latent_shape(config.image_size),
     }
     with strategy.scope():
-        perceptual = PerceptualDistance(stage.perceptual_depth) if stage.perceptual_weight else None
-        trainer = VAETrainer(
-            vae,
-            stage.recon_loss,
-            stage.kl_weight,
-            perceptual,
-            stage.perceptual_weight,
-            stage.micro_batches,
+        trainer = _trainer(config, vae)
+        trainer.compile(
+            optimizer_of(trainer, stage, steps_per_epoch), _disc_optimizer(config, trainer, steps_per_epoch)
         )
-        trainer.compile(optimizer_of(trainer, stage, steps_per_epoch))
-
-    def finish_row(epoch, row):
-        shown = held_out[:SHOWN_RECONSTRUCTIONS]
-        rebuilt = reconstruct(vae, held_out)
-        _save_pairs(shown, rebuilt[:SHOWN_RECONSTRUCTIONS], run.sample_path(f"vae_{epoch + 1:03d}.png"))
-        quality = psnr(held_out, rebuilt)
-        return {"val_psnr": quality.value, "val_psnr_low": quality.low, "val_psnr_high": quality.high}
-
-    keeper.finish_row = finish_row
+    Appraisal(run, trainer, config, held_out, features).ask(keeper)
     fit(
         trainer,
         keeper,
@@ -83,26 +94,91 @@ def _train_autoencoder(config, run, data, vae, strategy, signals):
             data.pictures, augmentation=data.augmentation, ids=data.train_ids, start_step=step, **stream
         ),
         pipeline.picture_validation_batches(held_out, **stream),
+        track=config.track,
     )
-    if config.vae.latent_scale is None:
-        vae.set_latent_statistics(*_latent_statistics(vae, data, config))
+    _take_over(vae, trainer, run, stage)
+    _measure_latents(config, run, data, vae)
+    save_plot(plot_vae_curves, run.vae_curves_path, run.rows())
 
 
-def _latent_statistics(vae, data, config):
-    """Mean and standard deviation (C,) of raw posterior samples, over training pictures."""
+def _check_start(adversarial, steps):
+    if adversarial.weight and adversarial.start >= steps:
+        raise InputError(
+            f"--adversarial.start: received {adversarial.start}, expected less than the {steps} steps of the "
+            "autoencoder's training"
+        )
+
+
+def _trainer(config, vae):
+    stage = config.vae_training
+    sees = stage.perceptual_network, stage.perceptual_depth, stage.perceptual_weights, stage.perceptual_heads
+    return VAETrainer(
+        vae,
+        perceptual=perceptual(*sees) if stage.perceptual_weight else None,
+        adversary=_adversary(config.adversarial) if config.adversarial.weight else None,
+        **{name: getattr(stage, name) for name in OWN_SETTINGS},
+    )
+
+
+def _adversary(settings):
+    shape = {name: getattr(settings, name) for name in ("channels", "layers", "norm", "spectral_norm")}
+    names = ("loss", "weight", "start", "adaptive", "limit", "r1_weight", "lecam_weight")
+    return Adversary(PatchDiscriminator(**shape), **{name: getattr(settings, name) for name in names})
+
+
+def _disc_optimizer(config, trainer, steps_per_epoch):
+    if trainer.adversary is None:
+        return None
+    stage, adversarial = config.vae_training, config.adversarial
+    return adamw(
+        trainer.adversary.discriminator.trainable_variables,
+        learning_rate=learning_rate_of(stage, steps_per_epoch, adversarial.learning_rate, adversarial.start),
+        weight_decay=0.0,
+        clip_norm=stage.clip_norm,
+        beta_1=DISC_BETA_1,
+        name="disc_adamw",
+    )
+
+
+def _take_over(vae, trainer, run, stage):
+    """Sets the autoencoder to the weights that the stage ends with: the averaged ones, or the best epoch's."""
+    best = run.best("vae") if stage.keep == "best" else None
+    if best:
+        source = "ema_vae" if stage.ema else "vae"
+        assign(named_variables(vae), best.tensors, source, source=run.path)
+        print(
+            f"   kept: the weights of epoch {best.state['epoch']}, of the least val_loss {best.state['value']:.4g}"
+        )
+    elif stage.ema:
+        vae.set_weights(trainer.ema_vae.get_weights())
+
+
+def _measure_latents(config, run, data, vae):
+    """Gives the autoencoder the scale of its latents, where it is to be measured, and writes the report of them."""
+    mean, logvar = _moments(vae, data, config)
+    is_given = config.vae.latent_scale is not None
+    if (
+        not is_given and not config.vae_training.decoder_only
+    ):  # whose latents are those of before, scale and all
+        variance = mean.var((0, 1, 2)) + np.exp(logvar).mean((0, 1, 2))
+        vae.set_latent_statistics(mean.mean((0, 1, 2)), np.sqrt(variance))
+    scale = np.asarray(vae.latent_mean), np.asarray(vae.latent_std)
+    report = latent_report(mean, logvar, *scale, config.image_size)
+    run.write_json("latents.json", report)
+    save_plot(plot_latents, run.latents_path, report)
+    if report["dead_channels"]:
+        print(
+            f"   note: {report['dead_channels']} of {len(report['channels'])} channels of the latents are dead: see "
+            f"{run.latents_path}"
+        )
+
+
+def _moments(vae, data, config):
+    """Mean and log-variance (N, h, w, C) of the raw latents of training pictures."""
     ids = data.train_ids[:LATENT_STATISTICS_FROM]
     raw_moments = tf.function(vae.raw_moments, autograph=False)
-    means, variances = [], []
+    parts = []
     for chunk in np.array_split(ids, max(1, len(ids) // 64)):
         pixels = data.whole(chunk, config.image_size).astype("float32") / 127.5 - 1.0
-        mean, logvar = raw_moments(pixels)
-        means.append(np.asarray(mean))
-        variances.append(np.exp(np.asarray(logvar)))
-    means, variances = np.concatenate(means), np.concatenate(variances)
-    return means.mean((0, 1, 2)), np.sqrt(means.var((0, 1, 2)) + variances.mean((0, 1, 2)))
-
-
-def _save_pairs(originals, rebuilt, path):
-    pairs = [image for pair in zip(originals, rebuilt, strict=True) for image in pair]
-    captions = ["original", "reconstruction"] * len(originals)
-    captioned_grid(pairs, captions, columns=8).save(path)
+        parts.append([np.asarray(part) for part in raw_moments(pixels)])
+    return [np.concatenate(part) for part in zip(*parts, strict=True)]

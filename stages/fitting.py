@@ -2,8 +2,11 @@
 
 from tqdm import tqdm
 
-from callbacks import Bar, Interrupted
+from callbacks import Bar, Diverged, Interrupted
+from errors import InputError
+from evaluate import plot_tracked
 from optimizers import OPTIMIZERS, warmup_cosine
+from tracking import Tracker, first_nonfinite, read_tracked
 
 
 def steps_an_epoch(stage, pictures):
@@ -15,13 +18,20 @@ def optimizer_of(trainer, stage, steps_per_epoch):
     """The optimizer that a stage asks for, built for the trainer's variables."""
     return OPTIMIZERS[stage.optimizer](
         trainer.trained_variables,
-        learning_rate=warmup_cosine(stage.learning_rate, stage.epochs * steps_per_epoch, stage.warmup_steps),
+        learning_rate=learning_rate_of(stage, steps_per_epoch, stage.learning_rate),
         weight_decay=stage.weight_decay,
         clip_norm=stage.clip_norm,
     )
 
 
-def fit(trainer, keeper, batches_from, validation):
+def learning_rate_of(stage, steps_per_epoch, peak, start=0):
+    """The schedule of a stage's learning rate, or of one with another peak whose training starts later."""
+    falls = getattr(stage, "schedule", "cosine") == "cosine"
+    final = {} if falls else {"final": 1.0}
+    return warmup_cosine(peak, stage.epochs * steps_per_epoch - start, stage.warmup_steps, **final)
+
+
+def fit(trainer, keeper, batches_from, validation, track=0):
     """Keras' `fit` from wherever the keeper's checkpoint stands, in the middle of an epoch too.
 
     Args:
@@ -29,15 +39,20 @@ def fit(trainer, keeper, batches_from, validation):
         keeper: the stage's `callbacks.Keeper`.
         batches_from: function of the step -> training batches from there on.
         validation: the validation batches.
+        track: steps between two readings of all layers, see `tracking.Tracker`; 0: none.
 
     Raises:
         Interrupted: a signal came; everything is saved.
+        InputError: step after step the gradient was not finite.
     """
     keeper.restore(trainer)
     total = keeper.epochs * keeper.steps_per_epoch
     if keeper.step:
         tqdm.write(f"   going on at step {keeper.step} of {total}")
     callbacks = [keeper, Bar(keeper.stage, total, keeper)]
+    if track:
+        rows, events = keeper.run.tracked_path(keeper.stage), keeper.run.events_path(keeper.stage)
+        callbacks.append(Tracker(lambda step: next(iter(batches_from(step))), track, keeper, rows, events))
     try:
         if keeper.pending:  # all steps of the epoch were done, but not what closes it
             keeper.set_model(trainer)
@@ -45,7 +60,7 @@ def fit(trainer, keeper, batches_from, validation):
             keeper.on_epoch_begin(epoch)
             logs = trainer.evaluate(validation, return_dict=True, verbose=0, callbacks=[keeper])
             keeper.on_epoch_end(epoch, {f"val_{name}": value for name, value in logs.items()})
-        while keeper.step < total:
+        while not keeper.is_done:
             epoch, done = divmod(keeper.step, keeper.steps_per_epoch)
             trainer.fit(
                 batches_from(keeper.step),
@@ -57,7 +72,22 @@ def fit(trainer, keeper, batches_from, validation):
                 shuffle=False,  # the stream is shuffled already; without it Keras warns
                 verbose=0,
             )
+    except Diverged as stop:
+        raise InputError(_where_it_diverged(trainer, keeper, batches_from, stop)) from None
     except Interrupted:
         keeper.signals.shield()  # a second Ctrl-C must not cut the saving
         keeper.save(trainer)
         raise
+    if track:
+        plot_tracked(read_tracked(rows), rows.with_suffix(".png"))
+
+
+def _where_it_diverged(trainer, keeper, batches_from, stop):
+    """What to tell a user whose training has no finite gradients any more."""
+    batch = next(iter(batches_from(stop.step - 1)))
+    where = first_nonfinite(trainer, batch) or "the last of them is finite by itself"
+    saved = keeper.run.checkpoint_steps(keeper.stage)
+    good = (
+        f"the run keeps its last good checkpoint, of step {saved[-1]}" if saved else "nothing was saved yet"
+    )
+    return f"{keeper.stage}: {stop}: {where}; {good}; a lower learning rate may help, in another --run"

@@ -8,6 +8,6 @@ replicas do what one does.
 from metrics import KID
 from trainer._adversary import Adversary
 from trainer._diffusion import LatentDiffusionTrainer
-from trainer._vae import VAETrainer, reconstruct
+from trainer._vae import VAETrainer, decode_noise, reconstruct
 
-__all__ = ["KID", "Adversary", "LatentDiffusionTrainer", "VAETrainer", "reconstruct"]
+__all__ = ["KID", "Adversary", "LatentDiffusionTrainer", "VAETrainer", "decode_noise", "reconstruct"]

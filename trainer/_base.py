@@ -63,6 +63,11 @@ class Trainer(keras.Model):
         return lambda iterator: on_replicas(next(iterator))
 
     @property
+    def optimizers_in_use(self):
+        """The optimizer of `trained_variables`, then any others."""
+        return [self.optimizer]
+
+    @property
     def kept_variables(self):
         """What a checkpoint keeps: lists of (name, Keras variable), by a name of each list."""
         kept = {name: named_variables(network) for name, network in self.networks.items()}

@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras import ops
 
 import parallel
-from generate import to_images
+from generate import noise_of, to_images
 from trainer import losses
 from trainer._base import Trainer, copy, loss_scale, move_average, refused_if
 
@@ -84,6 +84,10 @@ class VAETrainer(Trainer):
         named = {"vae": self.vae, "ema_vae": self.ema_vae}
         named |= {"discriminator": self.adversary.discriminator} if self.adversary else {}
         return {name: network for name, network in named.items() if network is not None}
+
+    @property
+    def optimizers_in_use(self):
+        return [self.optimizer, *([self.disc_optimizer] if self.adversary else [])]
 
     @property
     def kept_variables(self):
@@ -290,6 +294,13 @@ def reconstruct(vae, images, batch_size=32):
     chunks = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
     parts = [_there_and_back(vae, tf.constant(chunk.astype("float32") / 127.5 - 1.0)) for chunk in chunks]
     return np.concatenate([np.asarray(part) for part in parts])
+
+
+def decode_noise(vae, number, image_size):
+    """What the decoder makes of `number` draws of the latents' prior, N(0, 1) before scaling: uint8 (N, H, W, 3)."""
+    noise = noise_of(tf.range(number), vae.latent_shape(image_size))
+    pixels = tf.function(vae.decoder, autograph=False)(noise)
+    return np.asarray(to_images(ops.clip(ops.cast(pixels, "float32"), -1.0, 1.0)))
 
 
 @tf.function(reduce_retracing=True, autograph=False)
