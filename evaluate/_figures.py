@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 
 def save(figure, path):
     """Writes a figure as PNG to `path`, its place or the file itself, open for bytes, and forgets it."""
-    figure.tight_layout()
+    if figure.get_layout_engine() is None:
+        figure.tight_layout()
     figure.savefig(path, dpi=110, format="png")
     plt.close(figure)

@@ -26,7 +26,7 @@ def plot_tracked(rows, path, statistic="norm"):
     """
     maps = {kind: by_layer(rows, kind, statistic) for kind in ("activations", "weights", "gradients")}
     height = 1.6 + 0.14 * max(len(values) for values in maps.values())
-    figure, axes = plt.subplots(1, len(maps), figsize=(17, max(4.0, height)))
+    figure, axes = plt.subplots(1, len(maps), figsize=(17, max(4.0, height)), layout="constrained")
     for axis, (kind, values) in zip(axes, maps.items(), strict=True):
         _plot_map(figure, axis, values, [row["step"] for row in rows])
         axis.set(title=f"{kind}: log10 |{statistic}|", xlabel="step")
