@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +33,7 @@ With your own pictures (dataset/README.md shows how to lay them out):
 
 Commands:
   train       train a model, or go on with a run; may be left out
+  train-vae   train its autoencoder alone: pictures without captions are enough
   generate    draw pictures of sentences with a trained run
   evaluate    measure the KID of a trained run, also of other averages of its weights
   data        draw paper flowers, the built-in data: other numbers or sizes
@@ -61,6 +62,25 @@ class Train(settings.Config):
 
     # the networks and recipe of --preset cup3 sized for two cores; paper-flowers is small already and refuses it
     light: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+
+@dataclass(frozen=True)
+class TrainVAE(settings.Config):
+    """Train an autoencoder alone, or go on with a run. `train --vae-from` takes it then; with --vae-from it begins with
+    another run's. Captions are not read. All flags of `train` go here too; those of the U-Net do nothing and are not
+    shown."""
+
+    preset: str = "paper-flowers"  # where the defaults come from: paper-flowers, cup3, afhq or ffhq-vae
+    # the autoencoder of --preset cup3 or afhq sized for two cores
+    light: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    conditioning: tyro.conf.Suppress[str] = "none"
+    train_vae: tyro.conf.Suppress[bool | None] = True
+    text_from: tyro.conf.Suppress[str | None] = None
+    text_encoder: tyro.conf.Suppress[settings.TextEncoderConfig] = field(
+        default_factory=settings.TextEncoderConfig
+    )
+    unet: tyro.conf.Suppress[settings.UNetConfig] = field(default_factory=settings.UNetConfig)
+    diffusion: tyro.conf.Suppress[settings.DiffusionConfig] = field(default_factory=settings.DiffusionConfig)
 
 
 @dataclass(frozen=True)
@@ -119,8 +139,9 @@ class Evaluate:
     gpus: str = "all"  # GPUs to draw on: all, none, or indices such as 0,2
 
 
-SETTINGS = {"train": Train, "generate": Generate, "evaluate": Evaluate, "data": Data}
+SETTINGS = {"train": Train, "train-vae": TrainVAE, "generate": Generate, "evaluate": Evaluate, "data": Data}
 COMMANDS = tuple(SETTINGS)
+TRAININGS = ("train", "train-vae")
 
 
 def parse(argv):
@@ -130,7 +151,7 @@ def parse(argv):
         argv: the words after `python cup3.py`.
 
     Returns:
-        (command, settings): "train" with a `config.Config`, or another name with its dataclass.
+        (command, settings): "train" or "train-vae" with a `config.Config`, or another name with its dataclass.
 
     Raises:
         InputError: no such preset.
@@ -145,8 +166,8 @@ def parse(argv):
             f"command: received {command!r}, expected one of {', '.join(COMMANDS)}; see python cup3.py --help"
         )
     _refuse_strays(command, rest)
-    if command == "train":
-        return command, _parse_train(rest)
+    if command in TRAININGS:
+        return command, _parse_train(command, rest)
     return command, tyro.cli(SETTINGS[command], args=rest, prog=f"cup3.py {command}")
 
 
@@ -176,14 +197,14 @@ def _refuse_strays(command, words):
 
 def _flags(command):
     names = {item.name for item in dataclasses.fields(SETTINGS[command])}
-    names |= {"epochs", "batch_size"} if command == "train" else set()  # which go without their part's name
+    names |= {"epochs", "batch_size"} if command in TRAININGS else set()  # which go without their part's name
     return {f"--{name.replace('_', '-')}" for name in names}
 
 
-def _parse_train(words):
+def _parse_train(command, words):
     words = list(_spelt_out(words))
     name = _flag(words, "--preset", "paper-flowers")
-    defaults = settings.preset(name)
+    defaults = settings.preset(name, diffusion=command == "train")
     if "--light" in words:
         if not settings.PRESETS[name].is_large:
             raise InputError(
@@ -191,8 +212,12 @@ def _parse_train(words):
                 "--preset cup3, whose recipe is for photographs: --preset cup3 --light --data FOLDER"
             )
         defaults = settings.light(defaults)
-    defaults = settings.conditioned(defaults, _flag(words, "--conditioning", defaults.conditioning))
-    parsed = tyro.cli(Train, args=words, default=Train(**settings.part(defaults)), prog="cup3.py train")
+    if command == "train":
+        defaults = settings.conditioned(defaults, _flag(words, "--conditioning", defaults.conditioning))
+    else:
+        defaults = settings.autoencoder_alone(defaults)
+    kind = SETTINGS[command]
+    parsed = tyro.cli(kind, args=words, default=kind(**settings.part(defaults)), prog=f"cup3.py {command}")
     return settings.Config(
         **{item.name: getattr(parsed, item.name) for item in dataclasses.fields(settings.Config)}
     )
@@ -234,7 +259,14 @@ def main(argv=None):
 def _main(argv):
     try:
         command, options = parse(argv)
-        {"train": _train, "generate": _generate, "evaluate": _evaluate, "data": _data}[command](options)
+        work = {
+            "train": _train,
+            "train-vae": _train_vae,
+            "generate": _generate,
+            "evaluate": _evaluate,
+            "data": _data,
+        }
+        work[command](options)
     except InputError as error:
         print(f"cup3: {error}", file=sys.stderr)
         return 2
@@ -246,13 +278,22 @@ def _main(argv):
 
 def _train(options):
     settings.check(options)
+    _run("train", options)
+
+
+def _train_vae(options):
+    settings.check(options, autoencoder_alone=True)
+    _run("train_vae", options)
+
+
+def _run(name, options):
     _check_folders(options)
     print(_in_lines(dataclasses.asdict(options)), flush=True)
     with _without_notes():
         import stages  # TensorFlow takes seconds to import: only once the words are known to be right
 
     try:
-        stages.train(options)
+        getattr(stages, name)(options)
     except stages.Stopped as stop:
         print(f"\ncup3: {stop}", file=sys.stderr)
         raise SystemExit(128 + stop.signal) from None

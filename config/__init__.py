@@ -24,8 +24,9 @@ from config.checks import (
     check_weak,
     size_multiple,
 )
-from config.presets import CUP3, PRESETS, conditioned, light, preset
+from config.presets import CUP3, PRESETS, autoencoder_alone, conditioned, light, preset
 from config.settings import (
+    AdversarialConfig,
     AugmentationConfig,
     Config,
     DiffusionConfig,
@@ -55,6 +56,7 @@ __all__ = [
     "TARGETS",
     "TIMES",
     "WEIGHTS",
+    "AdversarialConfig",
     "AugmentationConfig",
     "Config",
     "DiffusionConfig",
@@ -64,6 +66,7 @@ __all__ = [
     "UNetConfig",
     "VAEConfig",
     "VAETrainingConfig",
+    "autoencoder_alone",
     "check",
     "check_interval",
     "check_sampling",

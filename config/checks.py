@@ -34,8 +34,12 @@ SMALLEST_LIMIT = 1e-6  # of what the guard holds the adversarial loss to
 PROCESS_RANGE = (1e-3, 1e3)  # of the shift and the SNR's cap
 
 
-def check(config: Config) -> None:
+def check(config: Config, autoencoder_alone=False) -> None:
     """Refuses settings that cannot work, before anything is done.
+
+    Args:
+        config: all settings.
+        autoencoder_alone: whether nothing but the autoencoder will be trained.
 
     Raises:
         InputError: names the setting, the value received and the value expected.
@@ -63,7 +67,7 @@ def check(config: Config) -> None:
             f"--image-size: received {config.image_size}, expected a multiple of {factor}, "
             "the factor of the autoencoder"
         )
-    if config.image_size % multiple:
+    if config.image_size % multiple and not autoencoder_alone:
         raise InputError(
             f"--image-size: received {config.image_size}, whose latents of side {config.image_size // factor} the "
             f"U-Net cannot halve {len(config.unet.level_channels) - 1} times; expected a multiple of {multiple}"
@@ -81,6 +85,15 @@ def check(config: Config) -> None:
     )
     if not re.fullmatch(r"all|none|\d+(,\d+)*", config.gpus):
         raise InputError(f"--gpus: received {config.gpus!r}, expected all, none, or indices such as 0,2")
+    if config.vae.skips and not autoencoder_alone:
+        raise InputError(
+            "--vae.skips: received with a diffusion model, whose samples such an autoencoder cannot decode, as it "
+            "needs a picture's features; expected without, or python cup3.py train-vae"
+        )
+    if config.vae_training.decoder_only and config.vae_from is None:
+        raise InputError(
+            "--vae-training.decoder-only: expected --vae-from, the run whose encoder and latents stay as they are"
+        )
     if config.train_vae is False and config.vae_from is None:
         raise InputError("--no-train-vae: expected --vae-from, the run to take a trained autoencoder from")
 

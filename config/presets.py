@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from config.settings import (
+    AdversarialConfig,
     AugmentationConfig,
     Config,
     DiffusionConfig,
@@ -63,6 +64,70 @@ CUP3 = Config(
     ),
 )
 
+LARGE_VAE = VAEConfig(level_channels=(128, 256, 512, 512), blocks=(2, 2, 2, 2), groups=32, attention=True)
+CHOSEN_BY_LOSS = {"schedule": "plateau", "early_stopping": 8, "keep": "best"}
+
+AFHQ = Config(
+    preset="afhq",
+    data="afhq",
+    run="runs/afhq",
+    image_size=512,
+    conditioning="none",
+    vae=LARGE_VAE,
+    text_encoder=TextEncoderConfig(layers=0),
+    unet=UNetConfig(
+        level_channels=(128, 256, 512, 512),
+        attention_levels=(False, True, True, True),
+        blocks=2,
+        head_channels=64,
+        groups=32,
+        ff_expansion=4,
+        pooled_context=False,
+    ),
+    diffusion=DiffusionConfig(target="velocity"),
+    vae_training=VAETrainingConfig(
+        epochs=30,
+        steps_per_epoch=None,
+        batch_size=4,
+        optimizer="adamw",
+        learning_rate=1e-4,
+        warmup_steps=1000,
+        recon_loss="l1",
+        kl_weight=1e-6,
+        perceptual_weight=1.0,
+        perceptual_network="vgg16",
+        ema=0.999,
+    ),
+    adversarial=AdversarialConfig(weight=0.5, start=20_000),
+    training=dataclasses.replace(CUP3.training, epochs=200, latent_crops=1),
+    evaluation=dataclasses.replace(CUP3.evaluation, guidance=1.0),
+)
+
+FFHQ_VAE = Config(
+    preset="ffhq-vae",
+    data="ffhq",
+    run="runs/ffhq-vae",
+    image_size=256,
+    conditioning="none",
+    vae=VAEConfig(
+        level_channels=(64, 128, 256, 256), blocks=(1, 1, 1, 1), groups=32, attention=True, tanh=True
+    ),
+    vae_training=VAETrainingConfig(
+        epochs=50,
+        steps_per_epoch=None,
+        batch_size=16,
+        optimizer="adamw",
+        learning_rate=3e-4,
+        warmup_steps=1000,
+        kl_weight=1e-4,
+        kl_schedule="linear",
+        kl_warmup_steps=10_000,
+        perceptual_weight=0.0,
+        **CHOSEN_BY_LOSS,
+    ),
+    training=TrainingConfig(validation_fraction=0.03),
+)
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -72,6 +137,7 @@ class Preset:
     config: Config | None = None
     lacks: str | None = None
     is_large: bool = False  # whether `light` makes it smaller
+    is_autoencoder: bool = False  # whether it has no diffusion model
 
 
 PRESETS = {
@@ -79,27 +145,32 @@ PRESETS = {
     "cup3": Preset("Deep Learning Cup 3: Oxford-102 flowers, 128 px, the Cup's U-Net", CUP3, is_large=True),
     "coco": Preset("COCO 2014 captions", lacks="CLIP, the linear schedule and 16-bit floats"),
     "flickr8k": Preset("Flickr8k with a fine-tuned CLIP", lacks="contrastive training of CLIP"),
-    "afhq": Preset("cats at 512 px, unconditional", lacks="the adversarial loss"),
-    "afhq-text": Preset("cats at 512 px from captions", lacks="the adversarial loss and CLIP"),
-    "ffhq-vae": Preset(
-        "faces: an autoencoder alone", lacks="KL annealing and training of an autoencoder alone"
-    ),
+    "afhq": Preset("AFHQv2, animals' faces at 512 px, unconditional", AFHQ, is_large=True),
+    "afhq-text": Preset("cats at 512 px from captions", lacks="CLIP"),
+    "ffhq-vae": Preset("faces: an autoencoder alone, by train-vae", FFHQ_VAE, is_autoencoder=True),
 }
 
 
-def preset(name: str) -> Config:
-    """The settings of a preset.
+def preset(name: str, diffusion=True) -> Config:
+    """The settings of a preset, for a diffusion model or for an autoencoder alone.
 
     Raises:
-        InputError: the name is unknown, or names a system that this version cannot train yet.
+        InputError: the name is unknown, or names a system that this version cannot train yet, or not so.
     """
-    ready = ", ".join(key for key, entry in PRESETS.items() if entry.config)
+    ready = ", ".join(
+        key for key, entry in PRESETS.items() if entry.config and not (diffusion and entry.is_autoencoder)
+    )
     if name not in PRESETS:
         raise InputError(f"--preset: received {name!r}, expected one of {', '.join(PRESETS)}")
     if PRESETS[name].config is None:
         raise InputError(
             f"--preset: received {name!r}, which needs {PRESETS[name].lacks}; "
             f"this version cannot do that yet, expected one of {ready}"
+        )
+    if diffusion and PRESETS[name].is_autoencoder:
+        raise InputError(
+            f"--preset: received {name!r}, an autoencoder alone, expected one of {ready}; or type python cup3.py "
+            f"train-vae --preset {name} ..."
         )
     return PRESETS[name].config
 
@@ -119,6 +190,15 @@ def conditioned(config: Config, conditioning: str) -> Config:
     return config
 
 
+def autoencoder_alone(config: Config) -> Config:
+    """The same autoencoder trained alone, on pictures, in a folder of its own, and measured each epoch."""
+    vae_training = dataclasses.replace(config.vae_training, measure_every=1)
+    run = config.run if config.run.endswith("-vae") else f"{config.run}-vae"
+    return dataclasses.replace(
+        conditioned(config, "none"), run=run, train_vae=True, vae_training=vae_training
+    )
+
+
 def light(config: Config) -> Config:
     """The same data and pictures with small networks, sized for photographs and an hour on two cores at 64 px."""
     return dataclasses.replace(
@@ -128,6 +208,7 @@ def light(config: Config) -> Config:
         unet=UNetConfig(level_channels=(96, 192)),
         diffusion=dataclasses.replace(config.diffusion, max_signal_rate=0.995),
         vae_training=VAETrainingConfig(epochs=6, steps_per_epoch=500),
+        adversarial=AdversarialConfig(),
         training=TrainingConfig(
             epochs=15,
             steps_per_epoch=200,

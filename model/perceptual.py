@@ -396,6 +396,12 @@ class PerceptualDistance(keras.layers.Layer):
         self.network = keras.Model(network.input, {"levels": network.output["levels"][:depth]}, name="levels")
         self.network.trainable = False
 
+    @property
+    def protocol(self):
+        """dict of network, depth and weights (sha256 over the bytes of its arrays)."""
+        weights = hash_arrays(self.network.get_weights())
+        return {"network": "efficientnet_lite0", "depth": self.depth, "weights": weights}
+
     def call(self, pixels_a, pixels_b):
         return perceptual_distance(self.network(pixels_a)["levels"], self.network(pixels_b)["levels"])
 

@@ -12,9 +12,9 @@ import config as settings
 from callbacks import Interrupted, Signals
 from checkpoint import RunFolder, assign, named_variables
 from evaluate import follows_captions, plot_curves
-from files import atomic_file
 from generate import lead_away
 from model.perceptual import FeatureNetwork
+from stages.appraisal import save_plot
 from stages.autoencoder import trained_autoencoder
 from stages.data import prepared_data
 from stages.devices import devices_in_words, strategy_on
@@ -48,6 +48,17 @@ def train(config: settings.Config) -> Path:
         Stopped: a signal came; everything is saved.
     """
     settings.check(config)
+    return _in_run(config, _train, _say_where)
+
+
+def _in_run(config, work, say_where):
+    """Does a work in the run's folder, on the chosen devices, if it is not done yet, and says where things are.
+
+    Args:
+        config: all settings.
+        work: function of (config, run, data, strategy, signals).
+        say_where: function of (run, data).
+    """
     flags = {"--vae-training.batch-size": config.vae_training, "--batch-size": config.training}
     batches = {flag: (stage.batch_size, stage.micro_batches) for flag, stage in flags.items()}
     strategy = strategy_on(config.gpus, batches)
@@ -59,11 +70,41 @@ def train(config: settings.Config) -> Path:
             if run.is_finished:
                 print("\nThis run is finished; there is nothing left to do.")
             else:
-                _train(config, run, data, strategy, signals)
-            _say_where(run, data)
+                work(config, run, data, strategy, signals)
+            say_where(run, data)
         except Interrupted as stop:
             raise Stopped(config.run, stop.signal) from stop
     return run.path
+
+
+def train_vae(config: settings.Config) -> Path:
+    """Trains an autoencoder alone, or goes on where the run folder stands.
+
+    Args, returns and raises as `train`. Another run takes the autoencoder by `vae_from`.
+    """
+    settings.check(config, autoencoder_alone=True)
+    return _in_run(config, _train_vae_alone, _say_where_the_vae_is)
+
+
+def _train_vae_alone(config, run, data, strategy, signals):
+    judge = config.evaluation
+    features = FeatureNetwork(judge.network, judge.size, judge.weights)
+    with _stage("autoencoder"):
+        trained_autoencoder(config, run, data, features, strategy, signals)
+    save_plot(plot_curves, run.curves_path, run.rows())
+
+
+def _say_where_the_vae_is(run, data):
+    print(f"   reconstructions  {run.path / 'samples'}")
+    print(f"   curves           {run.vae_curves_path}")
+    print(f"   latents          {run.latents_path}")
+    if run.config["vae"]["skips"]:
+        return
+    size = run.config["image_size"]
+    print(
+        "\nTrain a diffusion model on it:\n"
+        f"   python cup3.py --vae-from {run.path} --run {run.path}-diffusion --image-size {size} --data ..."
+    )
 
 
 def _train(config, run, data, strategy, signals):
@@ -116,8 +157,7 @@ def _pictures(config, run, data, trainer):
     if data.has_probe:
         captions = data.vocabulary.decode(data.shown_tokens[:PROBED_CAPTIONS])
         _report_probe(run, follows_captions(trainer.painter, captions, **trainer.draw_settings))
-    with atomic_file(run.curves_path) as file:
-        plot_curves(run.rows(), file)
+    save_plot(plot_curves, run.curves_path, run.rows())
 
 
 def _report_probe(run, right):
