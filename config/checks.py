@@ -79,6 +79,7 @@ def check(config: Config, autoencoder_alone=False) -> None:
         if value not in known:
             raise InputError(f"--{name}: received {value!r}, expected one of {', '.join(map(str, known))}")
     _check_conditioning(config)
+    _check_adversary(config.adversarial)
     _check_process(config.diffusion)
     check_sampling(
         "--evaluation.", config.evaluation.sampler, config.evaluation.spacing, config.evaluation.steps
@@ -166,7 +167,7 @@ def _least_values(config):
         "kl_warmup_steps",
         "free_bits",
         "perceptual_weight",
-        "rkid_every",
+        "measure_every",
     ):
         yield f"vae-training.{name.replace('_', '-')}", getattr(vae_training, name), 0
     for name in ("kl_cycles", "plateau_epochs", "previews"):
@@ -176,7 +177,7 @@ def _least_values(config):
     adversarial = config.adversarial
     for name in ("weight", "start", "limit", "r1_weight", "lecam_weight", "learning_rate", "guard_drop"):
         yield f"adversarial.{name.replace('_', '-')}", getattr(adversarial, name), 0
-    for name in ("channels", "layers"):
+    for name in ("channels", "layers", "groups"):
         yield f"adversarial.{name}", getattr(adversarial, name), 1
     for name in ("guard_ratio", "guard_gap"):
         yield f"adversarial.{name.replace('_', '-')}", getattr(adversarial, name), SMALLEST_LIMIT
@@ -278,6 +279,14 @@ def _check_widths(config):
         raise InputError(
             f"--augmentation.resize-min: received {resize.resize_min}, expected 1 to --augmentation.resize-max "
             f"({resize.resize_max})"
+        )
+
+
+def _check_adversary(adversarial):
+    if adversarial.norm == "group" and adversarial.channels % adversarial.groups:
+        raise InputError(
+            f"--adversarial.channels: received {adversarial.channels}, expected a multiple of --adversarial.groups "
+            f"({adversarial.groups})"
         )
 
 

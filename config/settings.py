@@ -135,6 +135,7 @@ class AdversarialConfig:
     channels: int = 64  # of its first layer
     layers: int = 3  # that halve the size; each patch is judged by itself
     norm: str = "group"  # group, batch (over all devices) or none
+    groups: int = 16  # of the norm group
     spectral_norm: bool = False  # spectral normalisation of its convolutions
     guard: bool = True  # back off, or go back to the last good checkpoint, when it takes over
     guard_drop: float = 1.0  # fall of the held-out PSNR in dB, from its best, that goes back

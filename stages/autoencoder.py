@@ -121,7 +121,9 @@ def _trainer(config, vae):
 
 
 def _adversary(settings):
-    shape = {name: getattr(settings, name) for name in ("channels", "layers", "norm", "spectral_norm")}
+    shape = {
+        name: getattr(settings, name) for name in ("channels", "layers", "norm", "groups", "spectral_norm")
+    }
     names = ("loss", "weight", "start", "adaptive", "limit", "r1_weight", "lecam_weight")
     return Adversary(PatchDiscriminator(**shape), **{name: getattr(settings, name) for name in names})
 
