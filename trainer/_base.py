@@ -127,13 +127,13 @@ class Trainer(keras.Model):
         """What follows the optimizer's step, such as averaging weights."""
 
     def _track(self, losses, weight=None, skip_bad=False):
-        """The running means of the losses; `skip_bad` leaves out what is not finite, as the step did."""
+        """The running means of these losses; `skip_bad` leaves out what is not finite, as the step did."""
         for name, value in losses.items():
             if skip_bad:
                 weight = tf.cast(tf.math.is_finite(value), tf.float32)
                 value = tf.math.multiply_no_nan(value, weight)
             self.trackers[name].update_state(value, sample_weight=weight)
-        return {name: tracker.result() for name, tracker in self.trackers.items()}
+        return {name: self.trackers[name].result() for name in losses}
 
     def compile(self, optimizer, **kwargs):
         """Takes an optimizer that was built for `trained_variables`; XLA stays off unless asked for.
