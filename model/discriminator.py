@@ -23,10 +23,10 @@ FIRST_ITERATIONS = 15  # of a new convolution's power iteration
 class PatchConv(keras.layers.Layer):
     """A 4x4 convolution over pixels with one more of zeros on every side; its kernel may be W / sigma(W).
 
-    sigma(W) is the spectral norm of W as a matrix, output channels by the rest (Miyato et al. 2018). It is u^T W v with
-    v = W^T u / |W^T u|, so |W^T u|, where u is a weight of the layer that nothing but `power_iteration` changes: a call
-    changes no weight, and replicas and parts of a batch agree. As in the paper no gradient goes through u and v. sigma
-    is computed in float32, whatever the layer computes in.
+    sigma(W) is the spectral norm of W as a matrix, output channels by the rest (Miyato et al. 2018): u^T W v with
+    v = W^T u / |W^T u|, so |W^T u|, whose gradient is the paper's, that of constant u and v. u is a weight of the layer
+    that nothing but `power_iteration` changes: a call changes no weight, so that replicas and parts of a batch agree.
+    sigma is computed in float32, whatever the layer computes in.
 
     Args:
         channels: output channels.
@@ -77,9 +77,7 @@ class PatchConv(keras.layers.Layer):
             self.u.assign(u)
 
     def _normalised_kernel(self):
-        u, matrix = ops.stop_gradient(ops.convert_to_tensor(self.u)), self._matrix()
-        v = ops.stop_gradient(_unit(ops.matmul(matrix, u)))
-        return self.kernel / ops.sum(v * ops.matmul(matrix, u))
+        return self.kernel / ops.norm(ops.matmul(self._matrix(), self.u))
 
     def call(self, x):
         kernel = self._normalised_kernel() if self.spectral_norm else self.kernel
