@@ -13,6 +13,7 @@ from input_pipeline.vocabulary import PAD, Labels, Vocabulary, words_of
 
 CAPTION_LENGTH = 20  # ids a caption, as in the Deep Learning Cup 3
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # of pictures without a table
+HELD_OUT = ("val", "valid", "validation", "test")  # folders of pictures that their owners keep from training
 
 # The columns that may hold what a picture is drawn from, by conditioning; the first that is there is read.
 COLUMNS = {"text": ("text",), "class": ("label", "class"), "none": ()}
@@ -49,7 +50,10 @@ def load_data(folder, conditioning="text"):
     rows of one file are several captions of it.
 
     For classes the table has a column `label` or `class`; without a table each sub-folder is a class. Without
-    conditioning captions and classes are not read, and pictures need no table.
+    conditioning captions and classes are not read, and pictures need no table: those of all sub-folders are taken.
+
+    In a folder without a table, `train` beside `val`, `valid`, `validation` or `test` stands for the folder: it is
+    loaded as if it were given itself, and nothing beside it is read.
 
     Args:
         folder: The data folder.
@@ -72,6 +76,8 @@ def load_data(folder, conditioning="text"):
     for name, read in (("metadata.csv", _read_csv), ("metadata.jsonl", _read_jsonl)):
         if (folder / name).is_file():
             return _load_metadata(folder / name, read, conditioning)
+    if (train := _training_part(folder)) is not None:
+        return load_data(train, conditioning)
     if conditioning != "text":
         return _load_folder(folder, conditioning)
     raise InputError(
@@ -227,6 +233,16 @@ def _labelled(paths, labels=()):
     vocabulary = Labels(sorted(set(labels)))
     tokens, _ = vocabulary.encode(labels or [""] * len(paths))  # (N, 1)
     return CaptionedPictures(paths, list(tokens[:, None]), vocabulary)
+
+
+def _training_part(folder):
+    """The folder `train` of one whose owner keeps other pictures for validation or tests; None of any other."""
+    train = folder / "train"
+    if not train.is_dir() or not any((folder / name).is_dir() for name in HELD_OUT):
+        return None
+    if not train.resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"{train}: is a link out of the data folder {folder}; give --data what it leads to")
+    return train
 
 
 def _load_folder(folder, conditioning):

@@ -390,6 +390,72 @@ def test_refuses_folders_without_pictures_and_links_out_of_them(tmp_path):
     refused(folder, "'link.png' is a link out of the data folder", conditioning="none")
 
 
+# Pictures alone as their owners publish them: FFHQ and AFHQ.
+
+
+def test_flat_faces_and_those_in_folders_of_a_thousand_come_in_one_order(tmp_path):
+    """FFHQ, flat, and as its `images1024x1024` and `thumbnails128x128` are laid out."""
+    numbers = (0, 2, 10, 999, 1000, 69999)
+    flat = in_folders(tmp_path / "flat", *(f"{number:05}.png" for number in reversed(numbers)))
+    nested = [f"{number // 1000 * 1000:05}/{number:05}.png" for number in numbers]
+    deep = in_folders(tmp_path / "thumbnails128x128", *reversed(nested))
+    (deep / "00000" / "LICENSE.txt").write_text("no picture")
+    assert load_data(flat, "none").paths == tuple(flat / f"{number:05}.png" for number in numbers)
+    assert load_data(deep, "none").paths == tuple(deep / name for name in nested)
+
+
+TRAIN = ["train/cat/1.jpg", "train/cat/2.jpg", "train/dog/3.jpg", "train/wild/4.jpg"]
+
+
+@pytest.mark.parametrize("held_out", ["val", "valid", "validation", "test"])
+@pytest.mark.parametrize("conditioning", ["none", "class"])
+def test_train_beside_a_held_out_part_stands_for_the_folder(tmp_path, held_out, conditioning):
+    """AFHQ: `val`, or `test` in its second version, has pictures of the same names and is not read."""
+    others = (f"{held_out}/cat/1.jpg", f"{held_out}/dog/9.jpg", "example.jpg", "__MACOSX/train/cat/._1.jpg")
+    folder = in_folders(tmp_path / "afhq", *TRAIN, *others)
+    expected = {"none": ["", "", "", ""], "class": ["cat", "cat", "dog", "wild"]}[conditioning]
+    for given in (folder, folder / "train"):
+        data = load_data(given, conditioning)
+        assert data.paths == tuple(folder / name for name in TRAIN)
+        assert list(labels(data).values()) == expected
+    held = load_data(folder / held_out, conditioning).paths
+    assert held == (folder / held_out / "cat" / "1.jpg", folder / held_out / "dog" / "9.jpg")
+
+
+def test_one_kind_of_animal_is_its_folder(tmp_path):
+    folder = in_folders(tmp_path / "afhq", *TRAIN, "val/cat/1.jpg")
+    cats = folder / "train" / "cat"
+    assert load_data(cats, "none").paths == (cats / "1.jpg", cats / "2.jpg")
+    refused(cats, "1.jpg: lies beside the folders of the classes", conditioning="class")
+
+
+def test_train_alone_or_a_file_beside_it_is_one_folder_of_many(tmp_path):
+    folder = in_folders(tmp_path / "d", "rose/a.png", "train/b.png")
+    (folder / "val").write_text("no folder")
+    assert labels(load_data(folder, "class")) == {"a.png": "rose", "b.png": "train"}
+    assert set(labels(load_data(folder, "none"))) == {"a.png", "b.png"}
+
+
+def test_a_table_goes_before_train_and_one_in_train_is_read(tmp_path):
+    folder = metadata(in_folders(tmp_path / "d", "test/c.png") / "train", "csv").parent
+    for conditioning in ("text", "none"):
+        assert load_data(folder, conditioning).paths == load_data(folder / "train", conditioning).paths
+    assert load_data(folder).vocabulary.words[1] == "a"
+    (folder / "metadata.csv").write_text("file_name,text\ntest/c.png,tulip\n")
+    assert load_data(folder).paths == load_data(folder, "none").paths == (folder / "test" / "c.png",)
+
+
+@pytest.mark.parametrize("conditioning", ["none", "class", "text"])
+def test_refuses_a_train_without_pictures_and_one_that_leads_out(tmp_path, conditioning):
+    folder = in_folders(tmp_path / "d", "val/cat/a.png")
+    (folder / "train").mkdir()
+    what = "holds neither metadata.csv" if conditioning == "text" else "holds no picture; expected files that"
+    refused(folder, f"d/train: {what}", conditioning=conditioning)
+    (folder / "train").rmdir()
+    (folder / "train").symlink_to(in_folders(tmp_path / "outside", "cat/a.png"))
+    refused(folder, f"d/train: is a link out of the data folder {folder}; give", conditioning=conditioning)
+
+
 def test_refuses_an_unknown_conditioning(tmp_path):
     with pytest.raises(
         InputError, match="^conditioning: received 'labels', expected one of text, class, none$"
