@@ -1,5 +1,6 @@
 """Picture files of every kind become the RGB squares that arithmetic says, or are refused by name."""
 
+import contextlib
 import errno
 import os
 import time
@@ -11,6 +12,7 @@ from PIL import Image
 
 import files
 from errors import InputError
+from input_pipeline import pictures
 from input_pipeline.pictures import read_pictures
 
 
@@ -176,6 +178,24 @@ def test_refuses_by_name(tmp_path, name, make, message):
         read_pictures([good, tmp_path / name, good], 16, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("shape", "least_side", "expected"),
+    [((4, 40), 8, 8), ((4, 40), 2, 8), ((40, 31), 32, 32), ((16, 15), 16, 16)],
+)
+def test_refuses_a_picture_smaller_than_one_latent(tmp_path, shape, least_side, expected):
+    path = save(tmp_path / "small.png", gradient(*shape))
+    size = f"{shape[1]}x{shape[0]}"
+    with pytest.raises(
+        InputError, match=f"small.png: has {size} pixels, expected at least {expected} on a side$"
+    ):
+        read_pictures([path], 64, least_side=least_side, progress=False)
+
+
+def test_a_picture_of_one_latent_will_do(tmp_path):
+    path = save(tmp_path / "a.png", gradient(16, 40))
+    assert (read_pictures([path], 16, least_side=16, progress=False)[0] == gradient(16, 40)[:, 12:28]).all()
+
+
 @pytest.fixture
 def two(tmp_path):
     (tmp_path / "in").mkdir()
@@ -202,6 +222,50 @@ def test_the_cache_is_made_anew_when_anything_changed(two, tmp_path):
     save(two[0], 255 - gradient())
     os.utime(two[0], ns=(0, time.time_ns()))
     assert (cached(two, tmp_path)[0] == 255 - gradient()).all()
+
+
+def test_the_cache_lets_no_picture_through_that_reading_would_refuse(two, tmp_path):
+    cache = {"cache_file": tmp_path / "p.npy", "progress": False}
+    read_pictures(two, 16, least_side=8, **cache)
+    with pytest.raises(InputError, match="0.png: has 16x16 pixels, expected at least 17 on a side"):
+        read_pictures(two, 16, least_side=17, **cache)
+
+
+class SlowDisk:
+    """A file that takes its time, and counts what was decoded beyond what it was given."""
+
+    def __init__(self, file, decoded):
+        self.file, self.decoded, self.n_written, self.most_ahead = file, decoded, 0, 0
+
+    def write(self, content):
+        time.sleep(0.003)
+        self.most_ahead = max(self.most_ahead, len(self.decoded) - self.n_written)
+        self.n_written += 1
+        return self.file.write(content)
+
+
+def test_a_slow_disk_does_not_let_pictures_gather_in_memory(tmp_path, monkeypatch):
+    paths = [save(tmp_path / f"{i}.png", gradient(8, 8) + np.uint8(i)) for i in range(60)]
+    decoded, disks, square = [], [], pictures._square
+
+    @contextlib.contextmanager
+    def slow_file(path):
+        with files.atomic_file(path) as file:
+            disks.append(SlowDisk(file, decoded))
+            yield disks[-1]
+
+    def counted(*arguments):
+        decoded.append(arguments)
+        return square(*arguments)
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(pictures, "atomic_file", slow_file)
+    monkeypatch.setattr(pictures, "_square", counted)
+    received = read_pictures(paths, 8, cache_file=tmp_path / "p.npy", progress=False)
+    assert (
+        disks[0].n_written > 60 and 1 <= disks[0].most_ahead <= 6
+    )  # of two threads, and the header is a write
+    assert (received == [gradient(8, 8) + np.uint8(i) for i in range(60)]).all()
 
 
 def test_a_missing_file_is_named_by_the_cache_too(two, tmp_path):
