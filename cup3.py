@@ -66,9 +66,8 @@ class Train(settings.Config):
 
 @dataclass(frozen=True)
 class TrainVAE(settings.Config):
-    """Train an autoencoder alone, or go on with a run. `train --vae-from` takes it then; with --vae-from it begins with
-    another run's. Captions are not read. All flags of `train` go here too; those of the U-Net do nothing and are not
-    shown."""
+    """Train an autoencoder alone on pictures, or go on with a run; captions are not read. `train --vae-from` takes it
+    then; with --vae-from here it begins with another run's. Its flags are those of `train`, the U-Net's apart."""
 
     preset: str = "paper-flowers"  # where the defaults come from: paper-flowers, cup3, afhq or ffhq-vae
     # the autoencoder of --preset cup3 or afhq sized for two cores

@@ -23,6 +23,7 @@ from config.checks import (
     check_strength,
     check_weak,
     size_multiple,
+    vae_factor,
 )
 from config.presets import CUP3, PRESETS, autoencoder_alone, conditioned, light, preset
 from config.settings import (
@@ -79,4 +80,5 @@ __all__ = [
     "preset",
     "size_multiple",
     "to_dict",
+    "vae_factor",
 ]

@@ -60,7 +60,7 @@ def check(config: Config, autoencoder_alone=False) -> None:
             "keeps no early weights to lead away from; expected snapshots, or 1, which is off"
         )
     _check_widths(config)
-    factor = 2 ** (len(config.vae.level_channels) - 1)
+    factor = vae_factor(config)
     multiple = size_multiple(config)
     if config.image_size % factor:
         raise InputError(
@@ -78,8 +78,9 @@ def check(config: Config, autoencoder_alone=False) -> None:
     for name, value, known in _choices(config):
         if value not in known:
             raise InputError(f"--{name}: received {value!r}, expected one of {', '.join(map(str, known))}")
-    _check_conditioning(config)
-    _check_adversary(config.adversarial)
+    if not autoencoder_alone:
+        _check_conditioning(config)
+    _check_adversary(config)
     _check_process(config.diffusion)
     check_sampling(
         "--evaluation.", config.evaluation.sampler, config.evaluation.spacing, config.evaluation.steps
@@ -99,9 +100,14 @@ def check(config: Config, autoencoder_alone=False) -> None:
         raise InputError("--no-train-vae: expected --vae-from, the run to take a trained autoencoder from")
 
 
+def vae_factor(config: Config) -> int:
+    """Pixels a latent along a side, as each level of the autoencoder but the last halves it."""
+    return 2 ** (len(config.vae.level_channels) - 1)
+
+
 def size_multiple(config: Config) -> int:
     """What the side of the pictures must be a multiple of, as each level of the autoencoder and the U-Net halves it."""
-    return 2 ** (len(config.vae.level_channels) + len(config.unet.level_channels) - 2)
+    return vae_factor(config) * 2 ** (len(config.unet.level_channels) - 1)
 
 
 def check_interval(name, interval) -> None:
@@ -282,7 +288,19 @@ def _check_widths(config):
         )
 
 
-def _check_adversary(adversarial):
+def _check_adversary(config):
+    adversarial, micro_batches = config.adversarial, config.vae_training.micro_batches
+    least = 3 * 2**adversarial.layers  # `model.discriminator.PatchDiscriminator.least_size`
+    if adversarial.weight and config.image_size < least:
+        raise InputError(
+            f"--adversarial.layers: received {adversarial.layers}, whose patches do not fit into {config.image_size} "
+            f"px; expected fewer, or --image-size {least} at least"
+        )
+    if adversarial.weight and adversarial.norm == "batch" and (micro_batches or 1) > 1:
+        raise InputError(
+            f"--vae-training.micro-batches: received {micro_batches} with --adversarial.norm batch, whose statistics "
+            "are of whole batches; expected 1"
+        )
     if adversarial.norm == "group" and adversarial.channels % adversarial.groups:
         raise InputError(
             f"--adversarial.channels: received {adversarial.channels}, expected a multiple of --adversarial.groups "

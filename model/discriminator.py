@@ -166,6 +166,11 @@ class PatchDiscriminator(keras.Model):
         return [layer for layer in self.layers if isinstance(layer, PatchConv)]
 
     @property
+    def takes_whole_batches(self):
+        """Whether a picture's logits in training depend on its batch, which so must not come in parts."""
+        return "batch" in self._arguments
+
+    @property
     def receptive_field(self):
         """Side of a patch: the pixels that a logit can see, 70 for 3 layers."""
         field = 1

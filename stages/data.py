@@ -57,6 +57,7 @@ def prepared_data(config, run) -> Data:
     pictures = pipeline.read_pictures(
         captioned.paths,
         augmentation.picture_side(config.image_size),
+        least_side=settings.vae_factor(config),
         cache_file=run.cache_path("pictures.npy"),
     )
     _check_validation(config, len(pictures))

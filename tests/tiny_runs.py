@@ -53,9 +53,9 @@ TINY = {
 }
 
 
-def words(data, run, /, **changes):
-    """The command line of a tiny training."""
-    flags = {**TINY, "data": data, "run": run, **{name.replace("_", "-"): changes[name] for name in changes}}
+def words(data, run, /, of=TINY, **changes):
+    """The command line of a tiny training, of the settings `of` and what changes them."""
+    flags = {**of, "data": data, "run": run, **{name.replace("_", "-"): changes[name] for name in changes}}
     line = []
     for name, value in flags.items():
         line += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]

@@ -189,6 +189,7 @@ class VAETrainer(Trainer):
         self.optimizer.apply(refused_if(means["loss"], gradients), self.trained_variables)
         judge = self.adversary.discriminator.trainable_variables
         self.disc_optimizer.apply(refused_if(means["disc_loss"], disc_gradients), judge)
+        self.adversary.discriminator.update_spectral_norms()
         if self.adversary.lecam_weight:
             self.adversary.follow(*self._everywhere([means["real"], means["fake"]], "MEAN"))
         self.after_step()
@@ -197,7 +198,7 @@ class VAETrainer(Trainer):
 
     def _cut(self, batch):
         """The parts of a batch. They are not rounds of a loop: between their two halves all of them meet."""
-        n = self._parts_of(batch)
+        n = 1 if self.adversary.discriminator.takes_whole_batches else self._parts_of(batch)
         cut = {name: tf.split(rows, n) for name, rows in batch.items()}
         return [{name: rows[part] for name, rows in cut.items()} for part in range(n)]
 
