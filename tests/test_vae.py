@@ -212,8 +212,9 @@ def test_every_weight_has_a_gradient(ends, pixels):
 # Sizes
 
 
-@pytest.mark.parametrize(("levels", "factor"), [(3, 4), (4, 8), (5, 16)])
-@pytest.mark.parametrize("latent_channels", [4, 8, 16, 32])
+@pytest.mark.parametrize(
+    ("levels", "factor", "latent_channels"), [(3, 4, 4), (4, 8, 8), (5, 16, 16), (4, 8, 32)]
+)
 def test_every_size_of_the_factor_works(levels, factor, latent_channels):
     network = AutoencoderKL((2,) * levels, (0,) * levels, latent_channels, groups=1, attention=False)
     assert network.factor == factor

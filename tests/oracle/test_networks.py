@@ -14,7 +14,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from model.text_encoder import VocabularyEncoder  # noqa: E402
 from model.unet import UNet  # noqa: E402
-from model.vae import AutoencoderKL  # noqa: E402
+from model.vae import AutoencoderKL, sample_posterior  # noqa: E402
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 ENDINGS = {"kernel": "weight", "gamma": "weight", "beta": "bias", "bias": "bias", "embeddings": "weight"}
@@ -78,14 +78,10 @@ def assert_close_and_lively(ours, theirs):
 # Autoencoder
 
 
-@pytest.mark.parametrize(
-    ("levels", "blocks", "attention"),
-    [((8, 16, 32, 32), 2, True), ((8, 16), 1, False)],
-    ids=["stable diffusion's levels", "tiny"],
-)
-def test_the_autoencoder_is_diffusers(levels, blocks, attention):
+def autoencoders(levels, blocks, groups, attention):
+    """Ours and diffusers', of the same random weights."""
     ours = AutoencoderKL(
-        levels, (blocks,) * len(levels), 4, groups=4, attention=attention, latent_scale=0.18215
+        levels, (blocks,) * len(levels), 4, groups=groups, attention=attention, latent_scale=0.18215
     )
     draw_weights(ours)
     oracle = diffusers.AutoencoderKL(
@@ -94,11 +90,20 @@ def test_the_autoencoder_is_diffusers(levels, blocks, attention):
         down_block_types=["DownEncoderBlock2D"] * len(levels),
         up_block_types=["UpDecoderBlock2D"] * len(levels),
         latent_channels=4,
-        norm_num_groups=4,
+        norm_num_groups=groups,
         mid_block_add_attention=attention,
         scaling_factor=0.18215,
     )
-    copy_weights(ours, oracle)
+    return ours, copy_weights(ours, oracle)
+
+
+@pytest.mark.parametrize(
+    ("levels", "blocks", "attention"),
+    [((8, 16, 32, 32), 2, True), ((8, 16), 1, False)],
+    ids=["stable diffusion's levels", "tiny"],
+)
+def test_the_autoencoder_is_diffusers(levels, blocks, attention):
+    ours, oracle = autoencoders(levels, blocks, groups=4, attention=attention)
     pixels = np.random.default_rng(0).uniform(-1, 1, (2, 16, 24, 3)).astype("float32")
     with torch.no_grad():
         posterior = oracle.encode(first(pixels)).latent_dist
@@ -114,6 +119,25 @@ def test_the_autoencoder_is_diffusers(levels, blocks, attention):
     with torch.no_grad():
         expected = oracle.decode(first(latents) / scale).sample
     np.testing.assert_allclose(ours.decode(latents), np.clip(last(expected), -1, 1), **CLOSE)
+
+
+def test_the_autoencoder_of_stable_diffusions_size_is_diffusers():
+    """There and back through the posterior's mean, and through a draw with diffusers' own noise."""
+    ours, oracle = autoencoders((128, 256, 512, 512), 2, groups=32, attention=True)
+    assert sum(weights.numel() for weights in oracle.parameters()) == 83_653_863  # of the published weights
+    pixels = np.random.default_rng(0).uniform(-1, 1, (1, 64, 64, 3)).astype("float32")
+    noise = last(torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        posterior = oracle.encode(first(pixels)).latent_dist
+        z = posterior.sample(torch.Generator().manual_seed(0))
+        decoded = [oracle.decode(latents).sample for latents in (posterior.mode(), z)]
+    drawn, mean, logvar = ours.reparameterised(pixels, noise)
+    assert_close_and_lively(mean, last(posterior.mode()))
+    assert_close_and_lively(logvar, last(posterior.logvar))
+    assert_close_and_lively(sample_posterior(mean, logvar, noise), last(z))
+    assert_close_and_lively(ours(pixels), last(decoded[0]))
+    assert_close_and_lively(drawn, last(decoded[1]))
+    assert np.abs(last(decoded[1] - decoded[0])).mean() > 0.05
 
 
 # U-Net
