@@ -129,7 +129,7 @@ def check_shapes(source, kind, tensors, expected):
         if tensors[name].shape != shape:
             received = tensors[name].shape
             raise InputError(f"{source}: holds no {kind}: {name} has shape {received}, expected {shape}")
-    for name in tensors.keys() - expected.keys():
+    for name in sorted(tensors.keys() - expected.keys()):
         raise InputError(f"{source}: holds no {kind}: it has {name} besides")
 
 
