@@ -32,7 +32,7 @@ def test_train_vae_begins_with_the_other_runs_autoencoder(finished, flowers, tmp
     chosen = cup3.parse([*line, "--train-vae", "True"])[1]
     with RunFolder.open(tmp_path / "run", to_dict(chosen)) as run, Signals() as signals:
         data = prepared_data(chosen, run)
-        trained_autoencoder(chosen, run, data, tf.distribute.get_strategy(), signals)
+        trained_autoencoder(chosen, run, data, None, tf.distribute.get_strategy(), signals)
         (row,) = run.rows()
         assert (row["stage"], row["step"]) == ("vae", 1)  # it was trained
         assert row["loss"] > row["recon_loss"] and 0 < row["perceptual_loss"] < 4

@@ -44,27 +44,33 @@ def test_a_run_folder_explains_itself(finished, flowers):
         "checkpoints",
         "config.json",
         "curves.png",
+        "latents.json",
+        "latents.png",
         "log.jsonl",
         "networks",
         "samples",
+        "vae_curves.png",
         "vocabulary.json",
     }
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     for entry in (
         "best/diffusion",
+        "best/vae",
+        "best/encoder",
+        "best/decoder",
         "networks/vae",
         "checkpoints/vae/00000003",
         "checkpoints/diffusion/00000006",
         "averages/diffusion/00000004",
     ):
         assert {f"{entry}/state.json", f"{entry}/tensors.safetensors"} <= found
-    samples = {"samples/vae_001.png", "samples/vae_002.png", "samples/epoch_001.png", "samples/epoch_002.png"}
+    samples = {f"samples/{name}_00{epoch}.png" for name in ("vae", "vae_prior", "epoch") for epoch in (1, 2)}
     assert samples <= found
     kept = json.loads((folder / "config.json").read_text())
     assert kept["data"] == str(flowers)
     assert kept["unet"]["level_channels"] == [8]
     assert kept["training"]["epochs"] == EPOCHS
-    assert "run" not in kept and "gpus" not in kept
+    assert not {"run", "gpus", "track"} & kept.keys()
 
 
 def test_the_log_has_a_row_an_epoch_with_its_protocol(finished):
@@ -78,7 +84,8 @@ def test_the_log_has_a_row_an_epoch_with_its_protocol(finished):
     ]
     common = {"stage", "epoch", "step", "loss", "val_loss", "learning_rate", "seconds", "best"}
     parts = {f"{val}{name}_loss" for val in ("", "val_") for name in ("recon", "kl", "perceptual")}
-    assert rows[0].keys() == common | parts | {"val_psnr", "val_psnr_low", "val_psnr_high"}
+    rebuilt = {f"val_{name}{end}" for name in ("psnr", "ssim") for end in ("", "_low", "_high")}
+    assert rows[0].keys() == common | parts | rebuilt
     measured = {"val_kid", "val_kid_low", "val_kid_high", "val_kid_floor", "weak_step", "protocol"}
     assert [row["weak_step"] for row in rows[2:4]] == [None, 4]  # averages were kept at step 4 only
     changed = {f"val_kid_change{end}" for end in ("", "_low", "_high")}
@@ -124,7 +131,7 @@ def test_the_command_line_offers_what_there_is():
 
 def test_the_grids_and_curves_are_pictures(finished):
     folder, _ = finished
-    for name, columns in (("vae_002.png", 8), ("epoch_002.png", 4)):
+    for name, columns in (("vae_002.png", 6), ("epoch_002.png", 4)):
         with Image.open(folder / "samples" / name) as sheet:
             assert sheet.width == columns * 136 + 8
             assert np.asarray(sheet).std() > 20

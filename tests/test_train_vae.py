@@ -121,8 +121,8 @@ def test_the_latents_kept_have_the_scale_of_its_report(alone):
     report = json.loads((alone[0] / "latents.json").read_text())
     kept = RunFolder.read(alone[0]).finished("vae").tensors
     for number, channel in enumerate(report["channels"]):
-        assert channel["mean"] == pytest.approx(kept["vae/latent_mean"][number], abs=1e-5)
-        assert channel["std"] == pytest.approx(kept["vae/latent_std"][number], rel=1e-4)
+        assert channel["mean"] == pytest.approx(kept["vae/vae/latent_mean"][number], abs=1e-5)
+        assert channel["std"] == pytest.approx(kept["vae/vae/latent_std"][number], rel=1e-4)
         assert (channel["unit_mean"], channel["unit_std"]) == pytest.approx((0, 1), abs=1e-4)
 
 
