@@ -252,7 +252,7 @@ class VAETrainer(Trainer):
             look.outputs,
             others,
             output_gradients=[features, tf.ones_like(look.outputs[1])],
-            unconnected_gradients="zero",
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
         known |= {id(variable): gradient for variable, gradient in zip(others, gradients, strict=True)}
         return [known[id(variable)] for variable in variables]
