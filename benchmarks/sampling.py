@@ -25,8 +25,6 @@ from files import atomic_file
 
 GUIDANCE = 2.5
 SCALE = 0.2  # of latents that are shown as pixels, so that few are clipped
-ENDINGS = {"kernel": "weight", "gamma": "weight", "beta": "bias", "bias": "bias"}
-TRANSFORMER_PARTS = ("norm1", "norm2", "norm3", "attn1", "attn2", "ff")
 
 
 class Size(NamedTuple):
@@ -152,21 +150,13 @@ def their_side(size, context, batch, steps):
     return unet, draw
 
 
-def their_name(path):
-    """`mid_block.attentions.0/attn1/to_out/kernel` -> diffusers' name of the same weight."""
-    *parts, ending = path.split("/")
-    if len(parts) > 1 and ".attentions." in parts[0] and parts[1] in TRANSFORMER_PARTS:
-        parts.insert(1, "transformer_blocks.0")
-    if parts[-1] == "to_out":
-        parts[-1] = "to_out.0"
-    return ".".join([*parts, ENDINGS[ending]])
-
-
 def take_weights(unet, theirs):
     """Gives our U-Net the weights of diffusers', all of them."""
+    from benchmarks.torch_networks import diffusers_name
+
     values = {name: value.numpy() for name, value in theirs.state_dict().items()}
     for variable in unet.variables:
-        value = values.pop(their_name(variable.path))
+        value = values.pop(diffusers_name(variable.path))
         # (out, in, kh, kw) -> (kh, kw, in, out); (out, in) -> (in, out)
         variable.assign(np.moveaxis(value, (0, 1), (-1, -2)) if value.ndim > 1 else value)
     assert not values, f"weights without a counterpart: {sorted(values)}"

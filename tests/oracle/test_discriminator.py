@@ -11,8 +11,8 @@ torch = pytest.importorskip("torch")
 import tensorflow as tf  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
-from torch.nn.utils.parametrizations import spectral_norm as torch_spectral_norm  # noqa: E402
 
+from benchmarks.torch_networks import patch_discriminator  # noqa: E402
 from model.discriminator import PatchConv, PatchDiscriminator  # noqa: E402
 from trainer import losses  # noqa: E402
 
@@ -57,51 +57,9 @@ def drawn(norm, spectral):
     return network
 
 
-def torch_convolution(weights, strides, spectral):
-    """A layer of torch with our weights: (kh, kw, in, out) -> (out, in, kh, kw)."""
-    kernel = torch.from_numpy(np.transpose(weights["kernel"], (3, 2, 0, 1)).copy())
-    conv = nn.Conv2d(kernel.shape[1], kernel.shape[0], 4, strides, padding=1, bias="bias" in weights)
-    conv.weight.data = kernel
-    if conv.bias is not None:
-        conv.bias.data = torch.from_numpy(weights["bias"].copy())
-    if spectral:
-        conv = torch_spectral_norm(conv)
-        u = torch.from_numpy(weights["u"].copy())
-        conv.parametrizations.weight[0]._u = u
-        conv.parametrizations.weight[0]._v = F.normalize(kernel.flatten(1).T @ u, dim=0)
-    return conv
-
-
-def torch_norm(weights, norm):
-    channels = len(weights["gamma"])
-    layer = nn.GroupNorm(GROUPS, channels) if norm == "group" else nn.BatchNorm2d(channels)
-    names = {
-        "weight": "gamma",
-        "bias": "beta",
-        "running_mean": "moving_mean",
-        "running_var": "moving_variance",
-    }
-    state = {
-        theirs: torch.from_numpy(weights[ours].copy()) for theirs, ours in names.items() if ours in weights
-    }
-    layer.load_state_dict(state, strict=norm == "group")
-    return layer
-
-
 def oracle_of(network, norm, spectral):
-    """Convolutions of stride 2, then two of stride 1; norms between; leaky ReLUs of 0.2 after all but the last."""
-    weights = {}
-    for weight in network.weights:
-        layer, kind = weight.path.split(".", 1)[1].split("/")
-        weights.setdefault(layer, {})[kind] = weight.numpy()
-    parts = []
-    for depth in range(LAYERS + 2):
-        parts.append(torch_convolution(weights[f"convs.{depth}"], 2 if depth < LAYERS else 1, spectral))
-        if 0 < depth <= LAYERS and norm != "none":
-            parts.append(torch_norm(weights[f"norms.{depth}"], norm))
-        if depth <= LAYERS:
-            parts.append(nn.LeakyReLU(0.2))
-    return nn.Sequential(*parts)
+    weights = {weight.path: weight.numpy() for weight in network.weights}
+    return patch_discriminator(weights, GROUPS, norm, spectral)
 
 
 def pair(norm, spectral):

@@ -12,13 +12,12 @@ import pytest
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+from benchmarks.torch_networks import give_weights  # noqa: E402
 from model.text_encoder import VocabularyEncoder  # noqa: E402
 from model.unet import UNet  # noqa: E402
 from model.vae import AutoencoderKL, sample_posterior  # noqa: E402
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
-ENDINGS = {"kernel": "weight", "gamma": "weight", "beta": "bias", "bias": "bias", "embeddings": "weight"}
-TRANSFORMER_PARTS = ("norm1", "norm2", "norm3", "attn1", "attn2", "ff")
 
 
 def normal(*shape, seed=0):
@@ -34,16 +33,6 @@ def last(tensor):
     return np.moveaxis(tensor.detach().numpy(), 1, -1)
 
 
-def diffusers_name(path):
-    """`mid_block.attentions.0/attn1/to_out/kernel` -> diffusers' name of the same weight."""
-    *parts, ending = path.split("/")
-    if len(parts) > 1 and ".attentions." in parts[0] and parts[1] in TRANSFORMER_PARTS:
-        parts.insert(1, "transformer_blocks.0")  # ours holds its one block's layers itself
-    if parts[-1] == "to_out":
-        parts[-1] = "to_out.0"
-    return ".".join([*(part for part in parts if part != "attn"), ENDINGS[ending]])
-
-
 def draw_weights(network):
     for index, variable in enumerate(network.trainable_variables):
         if variable.path.endswith("gamma"):
@@ -55,17 +44,7 @@ def draw_weights(network):
 
 def copy_weights(network, oracle):
     """Into a torch module, every weight of both sides exactly once."""
-    theirs = oracle.state_dict()
-    ours = {diffusers_name(variable.path): variable.numpy() for variable in network.trainable_variables}
-    assert set(ours) == set(theirs)
-    for name, value in ours.items():
-        # (kh, kw, in, out) -> (out, in, kh, kw); (in, out) -> (out, in)
-        value = np.moveaxis(value, (-1, -2), (0, 1)) if value.ndim > 1 else value
-        if theirs[name].ndim == value.ndim + 2:  # a 1x1 convolution for a dense layer
-            value = value[..., None, None]
-        assert value.shape == tuple(theirs[name].shape), name
-        theirs[name] = torch.from_numpy(value.copy())
-    oracle.load_state_dict(theirs)
+    give_weights(oracle, {variable.path: variable.numpy() for variable in network.trainable_variables})
     return oracle.eval()
 
 
