@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,15 @@ from PIL import Image
 
 import cup3
 from checkpoint import RunFolder, collect, named_variables
-from config import Config, TextEncoderConfig, UNetConfig, VAEConfig, to_dict
+from config import (
+    Config,
+    TextEncoderConfig,
+    UNetConfig,
+    VAEConfig,
+    check,
+    from_dict,
+    to_dict,
+)
 from dataset import paper_flowers
 from generate import make_diffusion, make_vae
 from input_pipeline import load_data
@@ -69,9 +78,37 @@ def test_every_command_that_is_shown_parses(script, words):
     if script != "cup3.py":
         return
     try:
-        cup3.parse(words)
+        command, settings = cup3.parse(words)
     except SystemExit as end:
         assert end.code == 0, "the command line refuses it"  # 0: it asked for help
+        return
+    if command in cup3.TRAININGS:
+        check(settings, autoencoder_alone=command == "train-vae")
+
+
+def test_the_commands_of_the_autoencoders_guide_are_found():
+    trains = {parameter.values[1][0] for parameter in scripts() if "autoencoder.md" in parameter.id}
+    assert trains == {"train-vae", "--vae-from", "--preset"}  # the last two are `train`'s
+
+
+def flags_of(kind, prefix=""):
+    """The flags of a dataclass of settings and of those within it, without dashes in front."""
+    flags = set()
+    for item in dataclasses.fields(kind):
+        name = prefix + item.name.replace("_", "-")
+        is_part = dataclasses.is_dataclass(item.default_factory)
+        flags |= {name} | (flags_of(item.default_factory, f"{name}.") if is_part else set())
+    return flags
+
+
+def test_the_autoencoders_guide_names_every_setting_of_its_training_and_no_unknown_one():
+    text = (ROOT / "docs" / "autoencoder.md").read_text()
+    named = {flag.replace(".no-", ".") for flag in re.findall(r"(?<!-)--([a-z][a-z0-9.-]*[a-z0-9])", text)}
+    known = flags_of(cup3.TrainVAE)
+    wanted = {flag for flag in known if flag.startswith(("vae.", "vae-training.", "adversarial."))}
+    assert len(wanted) > 40
+    assert wanted - named == set()
+    assert named - known == {"help", "logdir"}  # the second is TensorBoard's
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +167,52 @@ def test_the_python_example_runs(tiny_run):
     assert pictures.keys() == {"pink_7", "pink_8", "pink_7_trained_on"}
     assert {picture.shape for picture in pictures.values()} == {(32, 32, 3)}
     assert np.abs(pictures["pink_7"] - pictures["pink_7_trained_on"]).max() > 0  # it has learned something
+
+
+@pytest.fixture
+def runs_of_the_guide(tiny_run):
+    """The runs that the autoencoder's guide names, tiny: one, and one with other weights of its autoencoder."""
+    for name in ("mine", "mine-vae", "mine-sharp-vae"):
+        shutil.copytree(tiny_run / "runs/paper-flowers", tiny_run / "runs" / name)
+    with RunFolder.open("runs/mine-sharp-vae", to_dict(from_dict(RunFolder.read("runs/mine").config))) as run:
+        tensors = {name: value + 0.01 for name, value in run.finished("vae").tensors.items()}
+        run.discard("vae")
+        run.finish("vae", tensors, {})
+    return tiny_run
+
+
+def run_guide(number):
+    """The names that a Python example of the autoencoder's guide leaves behind."""
+    names = {}
+    example = PYTHON.findall((ROOT / "docs" / "autoencoder.md").read_text())[number]
+    exec(compile(example, "autoencoder.md", "exec"), names)
+    return names
+
+
+@pytest.mark.filterwarnings("ignore:.*has never read|.*kept no averages")
+def test_the_guides_other_decoder_draws(runs_of_the_guide):
+    names = run_guide(0)
+    own, other = (
+        RunFolder.read(f"runs/{run}").finished("vae").tensors["vae/decoder.conv_in/kernel"]
+        for run in ("mine", "mine-sharp-vae")
+    )
+    drawn_with = names["networks"].vae.decoder.get_layer("decoder.conv_in").kernel
+    assert np.array_equal(drawn_with, other)
+    assert not np.array_equal(own, other)
+    assert Image.open("sharper.png").size == (32, 32)
+
+
+def test_the_guides_tiles_rebuild_a_large_picture(runs_of_the_guide):
+    rows, columns = np.mgrid[:521, :601]
+    large = np.stack([rows % 256, columns % 256, (rows + columns) % 256], -1).astype("uint8")
+    Image.fromarray(large).save("large.png")
+    names = run_guide(1)
+    assert names["vae"].factor == 2
+    with Image.open("large_rebuilt.png") as picture:
+        rebuilt = np.asarray(picture).astype(int)
+    assert rebuilt.shape == (520, 600, 3)
+    whole = np.asarray(names["to_images"](names["vae"].reconstruct(names["pixels"])))[0]
+    assert np.abs(rebuilt - whole).mean() < 0.25 * whole.std()  # tiles are normalised each by itself
 
 
 def test_the_readme_names_the_flags_of_data_with_their_defaults():
