@@ -2,12 +2,12 @@
 
 
 def epochs_without(values):
-    """How many epochs ago the least of some values was; 0 where it is the last, or there is none.
+    """How many epochs ago the least of some values was, the first of them where several are; 0 where it is the last.
 
-    What is None, as JSON keeps NaN, is never the least.
+    What is None, as JSON keeps NaN, is never the least; where nothing else is, the first epoch counts as if it were.
     """
-    known = [(value, -epoch) for epoch, value in enumerate(values) if value is not None]
-    return len(values) - 1 + min(known)[1] if known else max(0, len(values) - 1)
+    known = [(value, epoch) for epoch, value in enumerate(values) if value is not None]
+    return len(values) - 1 - min(known)[1] if known else max(0, len(values) - 1)
 
 
 def rate_scale(values, patience, factor):
