@@ -92,17 +92,23 @@ class Appraisal:
         if row["best"]:
             self._keep_halves(row)
         entries = self._guard(row)
-        losses = [other["val_loss"] for other in self._run.rows() if "val_loss" in other] + [row["val_loss"]]
-        stage, optimizer = self._stage, self._trainer.optimizer
+        stage, losses = self._stage, self._losses(row)
         if stage.schedule == "plateau":
-            scale = rate_scale(losses, stage.plateau_epochs, stage.plateau_factor)
-            if scale != float(np.asarray(optimizer.rate_scale)):
+            former, scale = (
+                rate_scale(seen, stage.plateau_epochs, stage.plateau_factor) for seen in (losses[:-1], losses)
+            )
+            if scale != former:
                 entries["rate"] = f"val_loss stays, so the learning rate is now {scale:.3g} of its schedule"
             for own in self._trainer.optimizers_in_use:
                 own.rate_scale.assign(scale)
         if stage.early_stopping and epochs_without(losses) >= stage.early_stopping:
             entries["stopped"] = f"stopped: {stage.early_stopping} epochs without a lower val_loss"
         return entries
+
+    def _losses(self, row):
+        """`val_loss` of the stage's epochs up to this row, all as the log keeps them: None where it is no number."""
+        former = [other["val_loss"] for other in self._run.rows() if other.get("stage") == row["stage"]]
+        return [*former, row["val_loss"] if math.isfinite(row["val_loss"]) else None]
 
     def _keep_halves(self, row):
         value = row["val_loss"]
