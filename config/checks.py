@@ -3,7 +3,7 @@
 import math
 import re
 
-from config.settings import Config
+from config.settings import Config, part
 from errors import InputError
 
 LARGEST_VALIDATION_FRACTION = 0.5
@@ -92,12 +92,41 @@ def check(config: Config, autoencoder_alone=False) -> None:
             "--vae.skips: received with a diffusion model, whose samples such an autoencoder cannot decode, as it "
             "needs a picture's features; expected without, or python cup3.py train-vae"
         )
-    if config.vae_training.decoder_only and config.vae_from is None:
+    if config.vae_training.decoder_only and not (config.vae_from and config.train_vae):
         raise InputError(
-            "--vae-training.decoder-only: expected --vae-from, the run whose encoder and latents stay as they are"
+            "--vae-training.decoder-only: expected --vae-from, the run whose encoder and latents stay as they are, "
+            "and --train-vae or the command train-vae"
         )
     if config.train_vae is False and config.vae_from is None:
         raise InputError("--no-train-vae: expected --vae-from, the run to take a trained autoencoder from")
+
+
+def check_same(flag, path, prefix, received: dict, expected, but=()) -> None:
+    """Refuses another run whose part of the settings differs from this one's.
+
+    Args:
+        flag: that named the other run.
+        path: of the other run.
+        prefix: of the part's flags, such as "--vae.".
+        received: the part in the other run's config.
+        expected: this run's part.
+        but: names that may differ.
+
+    Raises:
+        InputError: names the first setting that differs.
+    """
+    for name, value in part(expected).items():
+        other = received.get(name)
+        if name not in but and other != (list(value) if isinstance(value, tuple) else value):
+            own = f"{prefix}{name.replace('_', '-')}"
+            words = _in_words(tuple(other) if isinstance(other, list) else other)
+            raise InputError(
+                f"{flag}: received {path}, whose {own} is {words}, expected {_in_words(value)}; give {own} {words}"
+            )
+
+
+def _in_words(value):
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def vae_factor(config: Config) -> int:

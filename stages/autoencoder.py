@@ -7,6 +7,7 @@ import tensorflow as tf
 import input_pipeline as pipeline
 from callbacks import Keeper
 from checkpoint import RunFolder, assign, collect, named_variables
+from config import check_same
 from errors import InputError
 from evaluate import latent_report, plot_latents, plot_vae_curves
 from generate import make_vae
@@ -49,24 +50,29 @@ def trained_autoencoder(config, run, data, features, strategy, signals):
         vae = make_vae(config)
     if run.finished("vae") is None:
         if config.vae_from:
-            _assign_vae(vae, RunFolder.read(config.vae_from), "--vae-from")
+            _take_from(config, vae)
         if config.train_vae or not config.vae_from:
             _train_autoencoder(config, run, data, vae, features, strategy, signals)
         run.finish("vae", collect(named_variables(vae), "vae"), {"from": config.vae_from})
     else:
-        _assign_vae(vae, run, "--run")
+        _assign_vae(vae, run)
         print("   trained already")
     return vae
 
 
-def _assign_vae(vae, run, flag):
-    saved = run.finished("vae")
-    if saved is None:
-        raise InputError(f"{flag}: received {run.path}, expected a run with a trained autoencoder")
-    try:
-        assign(named_variables(vae), saved.tensors, "vae", source=run.path)
-    except InputError as refusal:
-        raise InputError(f"{refusal}; give the --vae.* settings of {run.path / 'config.json'}") from None
+def _assign_vae(vae, run):
+    assign(named_variables(vae), run.finished("vae").tensors, "vae", source=run.path)
+
+
+def _take_from(config, vae):
+    """Sets the autoencoder to that of the run that `--vae-from` names, which must be of the same shape."""
+    other = RunFolder.read(config.vae_from)
+    if other.finished("vae") is None:
+        raise InputError(f"--vae-from: received {other.path}, expected a run with a trained autoencoder")
+    check_same(
+        "--vae-from", config.vae_from, "--vae.", other.config["vae"], config.vae, but=("latent_scale",)
+    )
+    _assign_vae(vae, other)
 
 
 def _train_autoencoder(config, run, data, vae, features, strategy, signals):

@@ -156,13 +156,9 @@ def text_encoder_from(config, vocabulary):
         raise InputError(
             f"--text-from: received {path}, whose words are not those of the data; expected a run of the same data"
         )
-    for name, expected in settings.part(config.text_encoder).items():
-        received = run.config["text_encoder"].get(name)
-        if received != expected:
-            flag = f"--text-encoder.{name.replace('_', '-')}"
-            raise InputError(
-                f"--text-from: received {path}, whose {flag} is {received}, expected {expected}; give {flag} {received}"
-            )
+    settings.check_same(
+        "--text-from", path, "--text-encoder.", run.config["text_encoder"], config.text_encoder
+    )
     return saved.tensors
 
 

@@ -44,8 +44,12 @@ def test_train_vae_begins_with_the_other_runs_autoencoder(finished, flowers, tmp
 def test_an_autoencoder_of_another_shape_or_none_is_refused(finished, flowers, tmp_path, capsys):
     other_shape = words(flowers, tmp_path / "run", vae_from=finished[0], **{"vae.latent_channels": 3})
     line = refusal(capsys, other_shape)
-    assert line.startswith(f"{finished[0]}: another set of variables: vae/")
-    assert line.endswith(f"; give the --vae.* settings of {finished[0] / 'config.json'}")
+    told = "whose --vae.latent-channels is 2, expected 3; give --vae.latent-channels 2"
+    assert line == f"--vae-from: received {finished[0]}, {told}"
+    other_levels = words(flowers, tmp_path / "run", vae_from=finished[0], **{"vae.level_channels": (4, 8)})
+    assert refusal(capsys, other_levels).endswith(
+        "whose --vae.level-channels is 4 4, expected 4 8; give --vae.level-channels 4 4"
+    )
     with RunFolder.open(tmp_path / "bare", {"seed": 0}):
         pass
     bare = refusal(capsys, words(flowers, tmp_path / "run", vae_from=tmp_path / "bare"))
