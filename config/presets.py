@@ -125,7 +125,9 @@ FFHQ_VAE = Config(
         perceptual_weight=0.0,
         **CHOSEN_BY_LOSS,
     ),
+    text_encoder=TextEncoderConfig(layers=0),
     training=TrainingConfig(validation_fraction=0.03),
+    evaluation=EvaluationConfig(guidance=1.0),
 )
 
 
