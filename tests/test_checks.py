@@ -8,9 +8,12 @@ import math
 import pytest
 
 import config as settings
-from config import Config, check, part
+from config import Config, check, checks, part
 from diffusion import samplers, schedule, targets, times
 from errors import InputError
+from model import discriminator, lpips
+from model._trunks import PLANS
+from trainer import losses
 
 
 def changed(base, **changes):
@@ -46,6 +49,31 @@ TOO_SMALL = [  # setting, value, the least that works
     ("vae-training.batch-size", 0, 1),
     ("vae-training.kl-weight", -1.0, 0),
     ("vae-training.perceptual-weight", -1.0, 0),
+    ("vae-training.recon-weight", -0.5, 0),
+    ("vae-training.recon-weight", math.nan, 0),
+    ("vae-training.kl-warmup-steps", -1, 0),
+    ("vae-training.kl-cycles", 0, 1),
+    ("vae-training.free-bits", -0.1, 0),
+    ("vae-training.measure-every", -1, 0),
+    ("vae-training.plateau-epochs", 0, 1),
+    ("vae-training.early-stopping", 0, 1),
+    ("vae-training.previews", 0, 1),
+    ("vae-training.micro-batches", 0, 1),
+    ("adversarial.weight", -0.5, 0),
+    ("adversarial.weight", math.inf, 0),
+    ("adversarial.start", -1, 0),
+    ("adversarial.limit", math.nan, 0),
+    ("adversarial.r1-weight", -1.0, 0),
+    ("adversarial.lecam-weight", -1.0, 0),
+    ("adversarial.learning-rate", -1e-4, 0),
+    ("adversarial.channels", 0, 1),
+    ("adversarial.layers", 0, 1),
+    ("adversarial.groups", 0, 1),
+    ("adversarial.guard-drop", -1.0, 0),
+    ("adversarial.guard-drop", math.nan, 0),
+    ("adversarial.guard-ratio", 0.0, 1e-6),
+    ("adversarial.guard-gap", 0.0, 1e-6),
+    ("track", -1, 0),
     ("diffusion.shift", 0.0, 0.001),
     ("diffusion.snr-cap", -5.0, 0.001),
     ("evaluation.images", 2, 3),
@@ -151,7 +179,41 @@ REFUSED = [
         {"training__times": "normal"},
         "--training.times: received 'normal', expected one of uniform, logit_normal, log_normal, mixed",
     ),
-    ({"vae_training__recon_loss": "l3"}, "--vae-training.recon-loss: received 'l3', expected one of l1, mse"),
+    *(
+        ({place(flag): value}, f"--{flag}: received {value!r}, expected one of {names}")
+        for flag, value, names in (
+            ("vae-training.recon-loss", "l3", "l1, mse, mix"),
+            ("vae-training.kl-schedule", "sigmoid", "constant, linear, cosine, cyclical"),
+            ("vae-training.schedule", "step", "cosine, constant, plateau"),
+            ("vae-training.keep", "first", "last, best"),
+            ("vae-training.perceptual-network", "vgg", "efficientnet_lite0, vgg16, alexnet, squeezenet"),
+            ("adversarial.loss", "wgan", "hinge, vanilla, non-saturating"),
+            ("adversarial.norm", "layer", "group, batch, none"),
+        )
+    ),
+    ({"vae_training__ema": 1.5}, "--vae-training.ema: received 1.5, expected 0 to 1"),
+    ({"vae_training__l1_share": -0.1}, "--vae-training.l1-share: received -0.1, expected 0 to 1"),
+    (
+        {"vae_training__plateau_factor": math.nan},
+        "--vae-training.plateau-factor: received nan, expected 0 to 1",
+    ),
+    (
+        {"adversarial__channels": 24},
+        "--adversarial.channels: received 24, expected a multiple of --adversarial.groups (16)",
+    ),
+    (
+        {"adversarial__weight": 0.5, "adversarial__layers": 5},
+        "--adversarial.layers: received 5, whose patches are larger than pictures of 64 px; expected at most 4",
+    ),
+    (
+        {"vae__skips": True},
+        "--vae.skips: received with a diffusion model, whose samples such an autoencoder cannot decode, as it needs a "
+        "picture's features; expected without, or python cup3.py train-vae",
+    ),
+    (
+        {"vae_training__decoder_only": True},
+        "--vae-training.decoder-only: expected --vae-from, the run whose encoder and latents stay as they are",
+    ),
     (
         {"vae_training__perceptual_depth": 6},
         "--vae-training.perceptual-depth: received 6, expected one of 1, 2, 3, 4, 5",
@@ -291,6 +353,43 @@ def test_the_names_of_the_process_are_those_that_it_knows():
     assert settings.WEIGHTS == targets.WEIGHTS
 
 
+def test_the_names_of_the_autoencoders_training_are_those_that_it_knows():
+    assert checks.RECONSTRUCTION_LOSSES == losses.ERRORS
+    assert checks.KL_SCHEDULES == losses.KL_SCHEDULES
+    assert checks.ADVERSARIAL_LOSSES == losses.ADVERSARIAL
+    assert checks.NORMS == discriminator.NORMS
+    with pytest.raises(InputError) as refusal:
+        lpips.perceptual("none", 1)
+    assert str(refusal.value).endswith(f"expected one of {list(checks.PERCEPTUAL_NETWORKS)}")
+    assert (checks.PERCEPTUAL_NETWORKS[0], *PLANS) == checks.PERCEPTUAL_NETWORKS
+
+
+@pytest.mark.parametrize("size", [24, 64, 95, 96])
+def test_a_discriminators_layers_are_those_that_a_picture_has_a_patch_for(size):
+    base = changed(
+        Config(), image_size=size, vae__level_channels=(8,), vae__blocks=(0,), adversarial__weight=0.5
+    )
+    for layers in range(1, 7):
+        least = discriminator.PatchDiscriminator(4, layers, groups=2).least_size
+        refused = pytest.raises(InputError, match=f"^--adversarial.layers: received {layers}, ")
+        with contextlib.nullcontext() if least <= size else refused:
+            check(changed(base, adversarial__layers=layers), autoencoder_alone=True)
+
+
+def test_an_autoencoder_alone_may_be_what_no_unet_takes():
+    no_unet_halves = changed(Config(), image_size=40)  # latents of side 5
+    with pytest.raises(InputError, match="^--image-size: received 40, whose latents of side 5"):
+        check(no_unet_halves)
+    check(no_unet_halves, autoencoder_alone=True)
+    with pytest.raises(
+        InputError, match="^--image-size: received 42, expected a multiple of 8, the factor of"
+    ):
+        check(changed(Config(), image_size=42), autoencoder_alone=True)
+    check(changed(Config(), vae__skips=True, vae__tanh=True), autoencoder_alone=True)
+    with pytest.raises(InputError, match="^--vae-training.epochs: received 0"):  # as ever
+        check(changed(Config(), vae_training__epochs=0), autoencoder_alone=True)
+
+
 def processes():
     """Every schedule with every target, with and without signal at its end, and with a shift of the times."""
     for name, target in itertools.product(settings.SCHEDULES, settings.TARGETS):
@@ -330,4 +429,14 @@ def test_what_is_at_the_edge_works():
     check(changed(Config(), training__steps_per_epoch=None, vae_training__steps_per_epoch=None))
     check(changed(Config(), evaluation__size=1024, augmentation__resize_max=4.0))
     check(changed(Config(), train_vae=False, vae_from="elsewhere"))
+    check(
+        changed(
+            Config(), vae__tanh=True, track=1, vae_training__early_stopping=1, vae_training__recon_weight=0.0
+        )
+    )
+    check(changed(Config(), vae_training__decoder_only=True, vae_from="elsewhere", vae_training__ema=1.0))
+    check(changed(Config(), vae_training__free_bits=0.0, vae_training__plateau_factor=0.0))
+    check(changed(Config(), adversarial__layers=9))  # of none
+    check(changed(Config(), adversarial__norm="none", adversarial__channels=3, adversarial__weight=0.5))
+    check(changed(Config(), adversarial__guard_drop=0.0, adversarial__start=10**9))
     check(changed(Config(), training__ema=0.0, training__caption_dropout=1.0, vae__latent_scale=0.18215))

@@ -14,20 +14,26 @@ READY = [name for name, entry in PRESETS.items() if entry.config]
 
 @pytest.mark.parametrize("name", READY)
 def test_a_config_survives_json(name):
-    config = dataclasses.replace(preset(name), run="elsewhere", gpus="0,2", seed=7)
+    start = {"run": "elsewhere", "gpus": "0,2", "track": 5}
+    config = dataclasses.replace(preset(name, diffusion=False), **start, seed=7)
     entries = json.loads(json.dumps(to_dict(config)))
-    assert "run" not in entries and "gpus" not in entries
-    assert from_dict(entries, run="elsewhere", gpus="0,2") == config
-    assert from_dict(entries) == dataclasses.replace(config, run=Config.run, gpus=Config.gpus)
+    assert not entries.keys() & start.keys()
+    assert from_dict(entries, **start) == config
+    defaults = {name: getattr(Config, name) for name in start}
+    assert from_dict(entries) == dataclasses.replace(config, **defaults)
 
 
 def test_every_setting_is_kept():
     entries = to_dict(Config())
-    flat = {item.name for item in dataclasses.fields(Config)} - {"run", "gpus"}
+    flat = {item.name for item in dataclasses.fields(Config)} - {"run", "gpus", "track"}
     assert entries.keys() == flat
-    assert entries["vae_training"].keys() == {
-        item.name for item in dataclasses.fields(settings.VAETrainingConfig)
+    parts = {
+        "vae": settings.VAEConfig,
+        "vae_training": settings.VAETrainingConfig,
+        "adversarial": settings.AdversarialConfig,
     }
+    for name, kind in parts.items():
+        assert entries[name].keys() == {item.name for item in dataclasses.fields(kind)}
 
 
 def test_unknown_and_missing_keys_are_refused():
