@@ -26,7 +26,15 @@ from config.checks import (
     size_multiple,
     vae_factor,
 )
-from config.presets import CUP3, PRESETS, autoencoder_alone, conditioned, light, preset
+from config.presets import (
+    CUP3,
+    PRESETS,
+    autoencoder_alone,
+    conditioned,
+    flags_for_its_autoencoder,
+    light,
+    preset,
+)
 from config.settings import (
     AdversarialConfig,
     AugmentationConfig,
@@ -76,6 +84,7 @@ __all__ = [
     "check_strength",
     "check_weak",
     "conditioned",
+    "flags_for_its_autoencoder",
     "from_dict",
     "light",
     "part",

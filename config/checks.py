@@ -319,11 +319,12 @@ def _check_widths(config):
 
 def _check_adversary(config):
     adversarial, micro_batches = config.adversarial, config.vae_training.micro_batches
-    least = 3 * 2**adversarial.layers  # `model.discriminator.PatchDiscriminator.least_size`
-    if adversarial.weight and config.image_size < least:
+    # So that a picture holds a patch, see `model.discriminator.PatchDiscriminator.least_size`.
+    most = (config.image_size // 3).bit_length() - 1
+    if adversarial.weight and adversarial.layers > most:
         raise InputError(
-            f"--adversarial.layers: received {adversarial.layers}, whose patches do not fit into {config.image_size} "
-            f"px; expected fewer, or --image-size {least} at least"
+            f"--adversarial.layers: received {adversarial.layers}, whose patches are larger than pictures of "
+            f"{config.image_size} px; expected at most {most}"
         )
     if adversarial.weight and adversarial.norm == "batch" and (micro_batches or 1) > 1:
         raise InputError(

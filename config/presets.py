@@ -14,6 +14,7 @@ from config.settings import (
     UNetConfig,
     VAEConfig,
     VAETrainingConfig,
+    part,
 )
 from errors import InputError
 
@@ -199,6 +200,20 @@ def autoencoder_alone(config: Config) -> Config:
     return dataclasses.replace(
         conditioned(config, "none"), run=run, train_vae=True, vae_training=vae_training
     )
+
+
+def flags_for_its_autoencoder(entries: dict) -> str:
+    """The flags that another run needs to take the autoencoder of a run of these settings, as `to_dict` gives them."""
+    own, default = entries["vae"], Config()
+    flags = [f"--image-size {entries['image_size']}"] if entries["image_size"] != default.image_size else []
+    for name, value in part(default.vae).items():
+        flag = name.replace("_", "-")
+        if own[name] is not None and own[name] != (list(value) if isinstance(value, tuple) else value):
+            words = own[name] if isinstance(own[name], list) else [own[name]]
+            switched = own[name] if isinstance(own[name], bool) else None
+            yes_or_no = {True: f"--vae.{flag}", False: f"--vae.no-{flag}"}
+            flags.append(yes_or_no.get(switched) or " ".join(map(str, [f"--vae.{flag}", *words])))
+    return " ".join(flags)
 
 
 def light(config: Config) -> Config:

@@ -98,13 +98,12 @@ def _say_where_the_vae_is(run, data):
     print(f"   reconstructions  {run.path / 'samples'}")
     print(f"   curves           {run.vae_curves_path}")
     print(f"   latents          {run.latents_path}")
-    if run.config["vae"]["skips"]:
-        return
-    size = run.config["image_size"]
-    print(
-        "\nTrain a diffusion model on it:\n"
-        f"   python cup3.py --vae-from {run.path} --run {run.path}-diffusion --image-size {size} --data ..."
-    )
+    if not run.config["vae"]["skips"]:
+        flags = settings.flags_for_its_autoencoder(run.config)
+        print(
+            "\nTrain a diffusion model on it:\n"
+            f"   python cup3.py --vae-from {run.path} --run {run.path}-diffusion --data {run.config['data']} {flags}"
+        )
 
 
 def _train(config, run, data, strategy, signals):

@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import os
+import re
+import shlex
 import signal
 
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image
 import callbacks
 import cup3
 from checkpoint import RunFolder
+from config import to_dict
 from tests.tiny_runs import TINY, assert_same, final_tensors, refusal, without_seconds, words
 
 EPOCHS, STEPS, START = 3, 3, 4
@@ -56,7 +59,7 @@ def alone(flowers, tmp_path_factory):
     return folder, printed.getvalue()
 
 
-def test_its_run_folder_explains_itself(alone):
+def test_its_run_folder_explains_itself(alone, flowers):
     folder, printed = alone
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     for name in ("vae_curves.png", "curves.png", "latents.png", "latents.json", "tracked_vae.png"):
@@ -73,7 +76,10 @@ def test_its_run_folder_explains_itself(alone):
         with Image.open(folder / "samples" / f"{name}.png") as sheet:
             assert np.asarray(sheet).std() > 5
     assert [json.loads(row)["step"] for row in (folder / "tracked_vae.jsonl").open()] == [0, 4, 8]
-    assert f"   python cup3.py --vae-from {folder} --run {folder}-diffusion" in printed
+    command = re.search(r"^   python cup3.py (--vae-from .*)$", printed, re.MULTILINE)[1]
+    others = cup3.parse(shlex.split(command))[1]
+    assert (others.vae_from, others.data, others.image_size) == (str(folder), str(flowers), 32)
+    assert to_dict(others)["vae"] | {"latent_scale": None} == RunFolder.read(folder).config["vae"]
     assert json.loads((folder / "config.json").read_text())["conditioning"] == "none"
 
 
@@ -200,7 +206,7 @@ def test_an_autoencoder_alone_draws_no_pictures(alone, tmp_path, capsys):
         ),
         (
             {"adversarial.layers": 4},
-            "--adversarial.layers: received 4, whose patches do not fit into 32 px; ",
+            "--adversarial.layers: received 4, whose patches are larger than pictures of 32 px; expected at most 3",
         ),
         (
             {"vae_training.perceptual_network": "vgg16", "vae_training.perceptual_heads": "absent.pth"},
