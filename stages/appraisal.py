@@ -126,8 +126,8 @@ def distances(distance, images, rebuilt, batch_size=16):
         return distance(*(tf.cast(images, "float32") / 127.5 - 1.0 for images in (one, other)))
 
     starts = range(0, len(images), batch_size)
-    cut = [(part[start : start + batch_size] for part in (images, rebuilt)) for start in starts]
-    return np.concatenate([np.asarray(of_batch(*map(tf.constant, pair)), "float64") for pair in cut])
+    cut = [[tf.constant(part[start : start + batch_size]) for part in (images, rebuilt)] for start in starts]
+    return np.concatenate([np.asarray(of_batch(*pair), "float64") for pair in cut])
 
 
 def _entries(name, estimate):
