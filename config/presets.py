@@ -182,15 +182,21 @@ def conditioned(config: Config, conditioning: str) -> Config:
     """The same settings with pictures drawn from "text", "class" or "none", and what goes with it.
 
     A label, and the empty text of a model without conditioning, are one token: its learned embedding needs no
-    transformer. Without conditioning there is nothing that guidance could follow, so it is off.
+    transformer. Without conditioning there is nothing that guidance could follow, so it is off. Settings that had
+    neither get the default ones.
     """
-    if conditioning != "text":
-        text_encoder = dataclasses.replace(config.text_encoder, layers=0)
-        config = dataclasses.replace(config, conditioning=conditioning, text_encoder=text_encoder)
-    if conditioning == "none":
-        evaluation = dataclasses.replace(config.evaluation, guidance=1.0)
-        config = dataclasses.replace(config, evaluation=evaluation)
-    return config
+    if conditioning == config.conditioning == "text":
+        return config
+    layers = (config.text_encoder.layers or TextEncoderConfig.layers) if conditioning == "text" else 0
+    guidance = EvaluationConfig.guidance if config.conditioning == "none" else config.evaluation.guidance
+    return dataclasses.replace(
+        config,
+        conditioning=conditioning,
+        text_encoder=dataclasses.replace(config.text_encoder, layers=layers),
+        evaluation=dataclasses.replace(
+            config.evaluation, guidance=1.0 if conditioning == "none" else guidance
+        ),
+    )
 
 
 def autoencoder_alone(config: Config) -> Config:
