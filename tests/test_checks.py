@@ -212,7 +212,8 @@ REFUSED = [
     ),
     (
         {"vae_training__decoder_only": True},
-        "--vae-training.decoder-only: expected --vae-from, the run whose encoder and latents stay as they are",
+        "--vae-training.decoder-only: expected --vae-from, the run whose encoder and latents stay as they are, "
+        "and --train-vae or the command train-vae",
     ),
     (
         {"vae_training__perceptual_depth": 6},
@@ -434,7 +435,8 @@ def test_what_is_at_the_edge_works():
             Config(), vae__tanh=True, track=1, vae_training__early_stopping=1, vae_training__recon_weight=0.0
         )
     )
-    check(changed(Config(), vae_training__decoder_only=True, vae_from="elsewhere", vae_training__ema=1.0))
+    check(changed(Config(), vae_training__decoder_only=True, vae_from="elsewhere", train_vae=True))
+    check(changed(Config(), vae_training__ema=1.0))
     check(changed(Config(), vae_training__free_bits=0.0, vae_training__plateau_factor=0.0))
     check(changed(Config(), adversarial__layers=9))  # of none
     check(changed(Config(), adversarial__norm="none", adversarial__channels=3, adversarial__weight=0.5))
