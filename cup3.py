@@ -66,8 +66,9 @@ class Train(settings.Config):
 
 @dataclass(frozen=True)
 class TrainVAE(settings.Config):
-    """Train an autoencoder alone on pictures, or go on with a run; captions are not read. `train --vae-from` takes it
-    then; with --vae-from here it begins with another run's. Its flags are those of `train`, the U-Net's apart."""
+    """Train an autoencoder alone, or go on with a run. `train --vae-from` takes it then; with --vae-from it begins with
+    another run's. Captions are not read. Of --training the validation fraction counts alone, and of --evaluation the
+    network: the rest is the U-Net's."""
 
     preset: str = "paper-flowers"  # where the defaults come from: paper-flowers, cup3, afhq or ffhq-vae
     # the autoencoder of --preset cup3 or afhq sized for two cores
@@ -141,6 +142,7 @@ class Evaluate:
 SETTINGS = {"train": Train, "train-vae": TrainVAE, "generate": Generate, "evaluate": Evaluate, "data": Data}
 COMMANDS = tuple(SETTINGS)
 TRAININGS = ("train", "train-vae")
+UNPREFIXED = ("--epochs", "--batch-size")  # of `TrainingConfig`, which go without their part's name
 
 
 def parse(argv):
@@ -174,12 +176,15 @@ def _refuse_strays(command, words):
     """Commands in the wrong place, and flags of another command: each in one line that says what to type."""
     for former, word in itertools.pairwise(["", *words]):
         flag = word.split("=")[0]
-        others = [other for other in COMMANDS if flag in _flags(other)]
+        part = re.sub("^--no-", "--", flag).split(".")[0]
+        others = [other for other in COMMANDS if part in _flags(other)]
         if others and command not in others:
-            to_train = "; to train: python cup3.py train" if flag == "--train" else ""
+            beside = {"--train": "; to train: python cup3.py train"}
+            if command == "train-vae":
+                beside |= {name: f"; of the autoencoder: --vae-training.{name[2:]}" for name in UNPREFIXED}
             raise InputError(
                 f"{flag}: is a flag of {others[0]}, not of {command}; type python cup3.py {others[0]} {flag} ..."
-                + to_train
+                + beside.get(flag, "")
             )
         if flag == "--generate":
             raise InputError("--generate: is a command, without dashes; type python cup3.py generate ...")
@@ -195,9 +200,11 @@ def _refuse_strays(command, words):
 
 
 def _flags(command):
-    names = {item.name for item in dataclasses.fields(SETTINGS[command])}
-    names |= {"epochs", "batch_size"} if command in TRAININGS else set()  # which go without their part's name
-    return {f"--{name.replace('_', '-')}" for name in names}
+    """The flags of a command, of its parts' settings the part's name."""
+    fields = dataclasses.fields(SETTINGS[command])
+    names = {item.name for item in fields if tyro.conf.Suppress not in getattr(item.type, "__metadata__", ())}
+    # Of train-vae they would be the U-Net's, and do nothing.
+    return {f"--{name.replace('_', '-')}" for name in names} | set(UNPREFIXED if command == "train" else ())
 
 
 def _parse_train(command, words):
