@@ -191,7 +191,7 @@ def test_data_draws_the_flowers(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("line", "refusal"),
     [
-        (["rain"], "command: received 'rain', expected one of train, generate"),
+        (["rain"], "command: received 'rain', expected one of train, train-vae, generate"),
         (
             ["--train"],
             "--train: is a flag of data, not of train; type python cup3.py data --train ...; to train: p",
