@@ -25,6 +25,7 @@ class Trainer(keras.Model):
     def __init__(self, name, micro_batches=None):
         super().__init__(name=name)
         self.micro_batches = micro_batches
+        self.optimizer = None  # until `compile`; losses and gradients can be had before
         self.trackers = {name: keras.metrics.Mean(name=name) for name in self.loss_names}
 
     @property

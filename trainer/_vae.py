@@ -168,7 +168,8 @@ class VAETrainer(Trainer):
 
     def _kl_step(self):
         schedule, warmup_steps, cycles = self.kl_schedule
-        return schedule, self.optimizer.iterations.value, warmup_steps, cycles
+        step = self.optimizer.iterations.value if self.optimizer else 0
+        return schedule, step, warmup_steps, cycles
 
     def after_step(self):
         """Moves the averaged copy, if there is one, towards the autoencoder."""
