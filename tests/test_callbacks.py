@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 import callbacks
-from callbacks import Bar, Interrupted, Keeper, Measured, Signals, describe
+from callbacks import MOST_SKIPPED, Bar, Diverged, Interrupted, Keeper, Measured, Signals, describe
 from checkpoint import RunFolder
 from input_pipeline import Latents, latent_batches, validation_batches
 from metrics import Estimate
@@ -242,6 +242,97 @@ def test_kid_is_due_every_so_many_epochs_and_at_both_ends(run, trainer):
     assert due == [True, True, False, True, True]
 
 
+def test_what_acts_comes_after_the_best_and_before_the_checkpoint(run, trainer):
+    seen = []
+
+    def act(row):
+        seen.append(
+            (row["best"], run.best_state("diffusion")["step"], run.latest("diffusion"), len(run.rows()))
+        )
+        trainer.optimizer.rate_scale.assign(0.5)
+        return {"note": "half the rate", "step_seen": row["step"]}
+
+    keeper = keeper_of(run, choose=chooser([Estimate(0.5, 0.4, 0.6)]), act=act)
+    fit(trainer, keeper, 1)
+    assert seen == [(True, STEPS, None, 0)]
+    (row,) = run.rows()
+    assert (row["note"], row["step_seen"]) == ("half the rate", STEPS)
+    assert row["learning_rate"] == pytest.approx(0.01)  # of the epoch that is over
+    scramble(trainer)
+    resumed = keeper_of(run)
+    resumed.restore(trainer)
+    assert float(np.asarray(trainer.optimizer.rate_scale)) == 0.5
+    fit(trainer, resumed, 2)
+    assert run.rows()[-1]["learning_rate"] == pytest.approx(0.005)
+    trainer.optimizer.rate_scale.assign(1.0)
+
+
+def test_what_acts_can_stop_a_training_for_good(run, trainer):
+    act = {2: {"stopped": "stopped: it is enough"}}
+    keeper = keeper_of(run, act=lambda row: act.get(row["epoch"], {}))
+    fit(trainer, keeper, EPOCHS)
+    assert [row.get("stopped") for row in run.rows()] == [None, "stopped: it is enough"]
+    assert keeper.is_done and keeper.step == 2 * STEPS
+    resumed = keeper_of(run)
+    assert not resumed.is_done
+    resumed.restore(trainer)
+    assert resumed.is_done and resumed.step == 2 * STEPS
+
+
+def poisoned(trainer, keeper, epochs, bad):
+    """Trains on a batch whose gradient is not finite at the given steps."""
+    vocabulary = trainer.painter.networks.vocabulary
+    rng = np.random.default_rng(0)
+    latents = Latents(*rng.normal(size=(2, 4, 1, 8, 8, 2)).astype("float32"))
+    captions = [rows[None] for rows in np.resize(np.arange(1, 9), (4, 7)).astype("int32")]
+    data, stream = (latents, captions, vocabulary), {"batch_size": 4, "seed": 0}
+    batch = next(iter(latent_batches(*data, **stream, caption_dropout=0.1, times=tf.identity)))
+    worse = {**batch, "noise": batch["noise"] * np.nan}
+    batches = [worse if step in bad else batch for step in range(keeper.step + 1, epochs * STEPS + 1)]
+    trainer.fit(
+        _endless(batches),
+        initial_epoch=keeper.step // STEPS,
+        epochs=epochs,
+        steps_per_epoch=STEPS,
+        callbacks=[keeper],
+        shuffle=False,
+        verbose=0,
+    )
+
+
+def _endless(batches):
+    signature = {name: tf.TensorSpec(value.shape, value.dtype) for name, value in batches[0].items()}
+    return tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=signature)
+
+
+def zero_counts(trainer):
+    for counter in (trainer.optimizer.skipped, trainer.optimizer.skipped_in_row):
+        counter.assign(0)
+
+
+def test_a_row_tells_of_the_steps_that_were_skipped_so_far(run, trainer):
+    zero_counts(trainer)
+    poisoned(trainer, keeper_of(run), 3, bad={3, 4, 5})
+    rows = run.rows()
+    assert [row.get("skipped_steps") for row in rows] == [None, 2, 3]
+    assert "\n      3 steps so far were not finite and are skipped" in describe(rows[-1])
+
+
+def test_ten_bad_steps_in_a_row_stop_the_training_and_fewer_do_not(run, trainer):
+    zero_counts(trainer)
+    poisoned(trainer, keeper_of(run), 6, bad=set(range(2, 11)) | {12})  # nine
+    assert len(run.rows()) == 6
+    zero_counts(trainer)
+    weights = [np.asarray(weight) for weight in trainer.trained_variables]
+    keeper = keeper_of(run)
+    with pytest.raises(Diverged, match="10 steps in a row, the last of them step 10, ") as stop:
+        poisoned(trainer, keeper, 9, bad=set(range(1, 19)))
+    assert stop.value.step == keeper.step == MOST_SKIPPED
+    for weight, value in zip(trainer.trained_variables, weights, strict=True):
+        np.testing.assert_array_equal(weight, value, err_msg=weight.path)
+    zero_counts(trainer)
+
+
 def test_what_comes_before_a_test_is_told_the_step(run, trainer):
     keeper, steps = keeper_of(run), []
     keeper.before_test = steps.append
@@ -266,6 +357,23 @@ def test_a_row_is_told_in_one_line():
         assert describe({**row, **kid, "best": True, "val_kid_floor": none}) == without
     assert "KID" not in describe({**row, **kid, "val_kid": math.nan})
     assert "val_psnr 27.12" in describe({**row, "val_psnr": 27.1234, "val_psnr_low": 26.0})
+
+
+def test_what_was_done_about_an_epoch_stands_below_its_line():
+    row = {"epoch": 3, "loss": 0.25, "val_ssim": 0.91234, "val_rkid": 0.01, "seconds": 61.7, "best": True}
+    told = {
+        "stopped": "stopped: enough",
+        "rate": "a lower rate",
+        "guard": "guard: weaker",
+        "skipped_steps": 2,
+    }
+    assert describe({**row, **told}).split("\n      ") == [
+        "epoch 3   loss 0.25   val_ssim 0.9123   val_rkid 0.01   after 62 s   best so far",
+        "guard: weaker",
+        "a lower rate",
+        "stopped: enough",
+        "2 steps so far were not finite and are skipped",
+    ]
 
 
 class FakeBar:

@@ -12,6 +12,7 @@ import tensorflow as tf
 from callbacks import Interrupted, Keeper, Signals
 from checkpoint import RunFolder
 from config import EvaluationConfig
+from errors import InputError
 from input_pipeline import Latents, latent_batches, validation_batches
 from metrics import KID
 from optimizers import adamw, warmup_cosine
@@ -69,7 +70,7 @@ def forget(trainer):
 class StoppingKeeper(Keeper):
     """Sends this process a signal, once, at the given place."""
 
-    stop = None
+    stop, stops_early = None, False
 
     def _at(self, *place):
         if place == self.stop:
@@ -88,18 +89,19 @@ class StoppingKeeper(Keeper):
         return super()._keep_best(row)
 
 
-def work(trainer, folder, stop=None):
+def work(trainer, folder, stop=None, kind=StoppingKeeper):
     """Runs the stage, or what is left of it; returns whether it came to its end."""
     vocabulary = trainer.painter.networks.vocabulary
     rng = np.random.default_rng(0)
     latents = Latents(*rng.normal(size=(2, 7, 2, 8, 8, 2)).astype("float32"))
     data, stream = (latents, captions(), vocabulary), {"batch_size": 4, "seed": 0}
     with RunFolder.open(folder, {"seed": 0}) as run, Signals() as signals:
-        keeper = StoppingKeeper(run, "diffusion", STEPS, signals, EPOCHS)
+        keeper = kind(run, "diffusion", STEPS, signals, EPOCHS)
         trainer.kid_metric.feature_network.visited = keeper.in_validation
         shown = np.stack(captions())[:1, 0]
         Judgement(run, trainer, EvaluationConfig(autoguidance=1.0), {"network": "colours"}, shown).ask(keeper)
         keeper.before_test = lambda step: trainer.tested_at.append(step)
+        keeper.act = keeper.stops_early and (lambda row: {"stopped": "stopped: it is settled"})
         keeper.stop = stop
         try:
             fit(
@@ -190,6 +192,84 @@ def test_a_finished_stage_takes_no_step(trainer, straight):
     assert RunFolder.read(folder).rows() == rows
     for variable, value in zip(state(trainer), values, strict=True):
         np.testing.assert_array_equal(variable, value, err_msg=variable.path)
+
+
+def bad_work(trainer, folder, steps):
+    """A stage of 2 epochs of so many steps, whose noise is no number."""
+    vocabulary = trainer.painter.networks.vocabulary
+    latents = Latents(*np.random.default_rng(0).normal(size=(2, 7, 2, 8, 8, 2)).astype("float32"))
+    data, stream = (latents, captions(), vocabulary), {"batch_size": 4, "seed": 0}
+
+    def batches_from(step):
+        own = latent_batches(*data, **stream, caption_dropout=0.2, times=tf.identity, start_step=step)
+        return own.map(lambda batch: {**batch, "noise": batch["noise"] * np.nan})
+
+    with RunFolder.open(folder, {"seed": 0}) as run, Signals() as signals:
+        keeper = Keeper(run, "diffusion", steps, signals, 2)
+        protocol, shown = {"network": "colours"}, np.stack(captions())[:1, 0]
+        Judgement(run, trainer, EvaluationConfig(autoguidance=1.0), protocol, shown).ask(keeper)
+        fit(trainer, keeper, batches_from, validation_batches(*data, **stream))
+
+
+@pytest.mark.parametrize(
+    ("steps", "good"),
+    [(8, "the run keeps its last good checkpoint, of step 8"), (30, "nothing was saved yet")],
+)
+def test_a_training_that_diverges_ends_in_a_line_that_names_the_place(
+    trainer, first_state, tmp_path, steps, good
+):
+    for _ in range(2):  # the same command comes to the same end
+        forget(trainer)
+        for variable, value in zip(state(trainer), first_state, strict=True):
+            variable.assign(value)  # which a checkpoint takes the place of, where there is one
+        with pytest.raises(InputError) as stop:
+            bad_work(trainer, tmp_path / "run", steps)
+        assert str(stop.value) == (
+            "diffusion: 10 steps in a row, the last of them step 10, were not finite: NaN or Inf appears first in the "
+            f"batch's noise; {good}; a lower learning rate may help, in another --run"
+        )
+
+
+def test_a_step_that_is_finite_again_when_it_is_looked_at_is_told_as_such(
+    trainer, first_state, tmp_path, monkeypatch
+):
+    for variable, value in zip(state(trainer), first_state, strict=True):
+        variable.assign(value)
+    monkeypatch.setattr("stages.fitting.first_nonfinite", lambda trainer, batch: None)
+    with pytest.raises(
+        InputError, match="step 10, were not finite: the last of them is finite by itself; nothing"
+    ):
+        bad_work(trainer, tmp_path / "run", 30)
+
+
+class Settled(StoppingKeeper):
+    """Stops a training at the end of its first epoch."""
+
+    stops_early = True
+
+
+def test_a_training_that_was_ended_before_stays_so(trainer, first_state, tmp_path):
+    for variable, value in zip(state(trainer), first_state, strict=True):
+        variable.assign(value)
+    assert work(trainer, tmp_path / "run", kind=Settled)
+    assert [row["stopped"] for row in RunFolder.read(tmp_path / "run").rows()] == ["stopped: it is settled"]
+    ended = [np.asarray(variable) for variable in state(trainer)]
+    forget(trainer)
+    assert work(trainer, tmp_path / "run", ("step", 0))
+    assert len(RunFolder.read(tmp_path / "run").rows()) == 1
+    for variable, value in zip(state(trainer), ended, strict=True):
+        np.testing.assert_array_equal(variable, value, err_msg=variable.path)
+
+
+def test_an_epochs_end_that_was_cut_can_end_the_training_too(trainer, first_state, tmp_path):
+    for variable, value in zip(state(trainer), first_state, strict=True):
+        variable.assign(value)
+    assert not work(
+        trainer, tmp_path / "run", ("step", STEPS - 1)
+    )  # all that is left is what closes the epoch
+    assert work(trainer, tmp_path / "run", kind=Settled)
+    run = RunFolder.read(tmp_path / "run")
+    assert [row["step"] for row in run.rows()] == [STEPS] and run.latest("diffusion").state["stopped"]
 
 
 def test_a_second_signal_does_not_cut_the_saving(trainer, tmp_path, monkeypatch):

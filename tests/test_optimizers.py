@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import optimizers
 from model.unet import LogVariance
 from optimizers import NEWTON_SCHULZ, AdamW, Muon, adamw, is_matrix, muon, orthogonalised, warmup_cosine
 
@@ -264,6 +265,14 @@ def test_a_training_shorter_than_its_warm_up_still_learns(steps, warmup_steps):
     assert max(rates) == pytest.approx(2.0)
 
 
+def test_a_rate_that_does_not_fall_stays_at_its_peak():
+    rate = warmup_cosine(2.0, steps=100, warmup_steps=20, final=1.0)
+    assert [float(rate(step)) for step in (20, 35, 100, 10**6)] == pytest.approx([2.0] * 4, rel=1e-6)
+    falling = warmup_cosine(2.0, steps=100, warmup_steps=20)
+    for step in (0, 5, 19):  # the climb is the same
+        assert float(rate(step)) == float(falling(step)) < 2.0
+
+
 COUNTED = ("iteration", "skipped", "skipped_in_row")
 
 
@@ -332,3 +341,86 @@ def test_the_rates_factor_is_that_of_the_step(make):
 def test_only_the_norm_of_all_clips():
     with pytest.raises(ValueError, match="clipnorm=1.0"):
         AdamW(0.1, clipnorm=1.0)
+
+
+# The scale of the loss in 16 bits.
+
+
+def scaled(kind=AdamW, **settings):
+    """A matrix and a bias with an optimizer that scales the loss."""
+    variables = [
+        keras.Variable(np.eye(3, 2, dtype="float32"), name="kernel"),
+        keras.Variable([0.5, -1.0], name="bias"),
+    ]
+    optimizer = kind(0.1, scales_loss=True, weight_decay=0.1, global_clipnorm=1.0, **settings)
+    optimizer.build(variables)
+    return variables, optimizer
+
+
+def some_gradients(seed):
+    rng = np.random.default_rng(seed)
+    return [tf.constant(rng.normal(size=shape).astype("float32")) for shape in ((3, 2), (2,))]
+
+
+@pytest.mark.parametrize("kind", [AdamW, Muon])
+def test_gradients_of_a_scaled_loss_make_the_step_of_those_that_are_not(kind, monkeypatch):
+    monkeypatch.setattr(optimizers, "STEPS_TO_DOUBLE", 2)  # so that the scale changes on the way
+    variables, optimizer = scaled(kind)
+    twins = [keras.Variable(variable, name=variable.name) for variable in variables]
+    plain = kind(0.1, weight_decay=0.1, global_clipnorm=1.0)
+    plain.build(twins)
+    scales = []
+    for seed in range(5):
+        scales.append(float(optimizer.loss_scale))
+        gradients = [own * (0.1 if seed % 2 else 10.0) for own in some_gradients(seed)]  # clipped and not
+        optimizer.apply([own * optimizer.loss_scale for own in gradients], variables)
+        plain.apply(gradients, twins)
+    assert scales == [2.0**15, 2.0**15, 2.0**16, 2.0**16, 2.0**17]
+    assert plain.loss_scale == 1.0
+    for variable, twin in zip(variables, twins, strict=True):
+        np.testing.assert_array_equal(variable, twin, err_msg=variable.path)  # powers of two lose no bit
+
+
+def test_the_scale_halves_at_a_bad_step_and_doubles_after_good_ones(monkeypatch):
+    monkeypatch.setattr(optimizers, "STEPS_TO_DOUBLE", 3)
+    variables, optimizer = scaled()
+    scales = []
+    for is_good in (1, 1, 0, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1):  # a bad one begins the count anew
+        before = arrays(variables)
+        bad = tf.constant(0.0 if is_good else math.inf)
+        optimizer.apply([own + bad for own in some_gradients(0)], variables)
+        scales.append(float(optimizer.loss_scale) / 2.0**15)
+        assert np.array_equal(arrays(variables)[0], before[0]) != bool(is_good)
+    assert scales == [1, 1, 0.5, 0.5, 0.5, 1, 1, 1, 0.5, 0.25, 0.25, 0.25, 0.5]
+
+
+def test_the_scale_is_never_below_1():
+    variables, optimizer = scaled()
+    for _ in range(17):
+        optimizer.apply([tf.fill((3, 2), math.nan), tf.zeros(2)], variables)
+    assert float(optimizer.loss_scale) == 1.0
+    assert int(optimizer.skipped) == 17
+
+
+def test_16_bits_want_a_scale_and_32_none():
+    variables = [keras.Variable([0.5, -1.0], name="bias")]
+    former = keras.config.dtype_policy()
+    wanted = {}
+    try:
+        for policy in ("float32", "mixed_bfloat16", "mixed_float16"):
+            keras.config.set_dtype_policy(policy)
+            own = adamw(variables, learning_rate=0.1, weight_decay=0.0, clip_norm=1.0)
+            wanted[policy] = float(own.loss_scale)
+    finally:
+        keras.config.set_dtype_policy(former)
+    assert wanted == {"float32": 1.0, "mixed_bfloat16": 1.0, "mixed_float16": 2.0**15}
+
+
+def test_a_replica_that_is_not_finite_halves_the_scale_of_all(two_replicas):
+    with two_replicas.scope():
+        variables = [keras.Variable(2.0, name="a"), keras.Variable([3.0], name="b")]
+        optimizer = AdamW(0.1, scales_loss=True, weight_decay=0.0, global_clipnorm=1.0)
+        optimizer.build(variables)
+    reduced_step(two_replicas, [[1.0, 1.0], [1.0, np.nan]], optimizer, variables)
+    for own in two_replicas.experimental_local_results(optimizer.loss_scale):
+        assert float(own) == 2.0**14
