@@ -76,15 +76,7 @@ AFHQ = Config(
     conditioning="none",
     vae=LARGE_VAE,
     text_encoder=TextEncoderConfig(layers=0),
-    unet=UNetConfig(
-        level_channels=(128, 256, 512, 512),
-        attention_levels=(False, True, True, True),
-        blocks=2,
-        head_channels=64,
-        groups=32,
-        ff_expansion=4,
-        pooled_context=False,
-    ),
+    unet=dataclasses.replace(CUP3.unet, attention_levels=(False, True, True, True)),
     diffusion=DiffusionConfig(target="velocity"),
     vae_training=VAETrainingConfig(
         epochs=30,
