@@ -14,6 +14,7 @@ from torch.nn import functional as F  # noqa: E402
 
 from benchmarks.torch_networks import patch_discriminator  # noqa: E402
 from model.discriminator import PatchConv, PatchDiscriminator  # noqa: E402
+from tests.torch_arrays import first, last, normal  # noqa: E402
 from trainer import losses  # noqa: E402
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -21,19 +22,6 @@ CHANNELS, LAYERS, GROUPS = 6, 3, 3
 
 each_norm = pytest.mark.parametrize("norm", ["group", "batch", "none"])
 each_spectral = pytest.mark.parametrize("spectral", [False, True])
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype("float32")
-
-
-def first(images):
-    """Channels first, as torch has them."""
-    return torch.from_numpy(np.moveaxis(images, -1, 1).copy())
-
-
-def last(tensor):
-    return np.moveaxis(tensor.detach().numpy(), 1, -1)
 
 
 @pytest.fixture(scope="module")

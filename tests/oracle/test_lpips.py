@@ -22,6 +22,7 @@ from model import lpips  # noqa: E402
 from model._trunks import PLANS  # noqa: E402
 from model.lpips import LPIPS  # noqa: E402
 from model.perceptual import perceptual_distance  # noqa: E402
+from tests.torch_arrays import first  # noqa: E402
 
 SHORT = {"vgg16": "vgg", "alexnet": "alex", "squeezenet": "squeeze"}  # the package's names
 
@@ -166,10 +167,6 @@ def pictures(side, width=None):
     return a, (a + b) / 2
 
 
-def channels_first(pixels):
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).double()
-
-
 def in_float64(layer):
     """Our function of two pictures, with every layer computing in float64."""
 
@@ -198,7 +195,7 @@ def relative_error(value, expected):
 def test_the_distance_and_its_gradients_are_the_packages(pairs, network, side):
     theirs, ours = pairs(network)
     a, b = (tf.constant(pixels[:1]) for pixels in pictures(side))
-    torch_a, torch_b = (channels_first(x.numpy()).requires_grad_() for x in (a, b))
+    torch_a, torch_b = (first(x.numpy()).requires_grad_() for x in (a, b))
     expected = theirs(torch_a, torch_b)
     expected.sum().backward()
     expected, gradients = expected.item(), [x.grad.permute(0, 2, 3, 1).numpy() for x in (torch_a, torch_b)]
@@ -220,7 +217,7 @@ def test_every_map_is_the_packages_at_any_size(pairs, network):
     theirs, ours = pairs(network)
     for side, width in [*((side, side) for side in range(33, 42)), (64, 45)]:
         a, _ = pictures(side, width)
-        expected = theirs.net(theirs.scaling_layer(channels_first(a)))
+        expected = theirs.net(theirs.scaling_layer(first(a)))
         levels = ours.trunk(a)["levels"]
         assert len(levels) == len(expected)
         for level, values in zip(levels, expected, strict=True):
@@ -233,10 +230,10 @@ def test_the_least_side_is_torchs(pairs, network):
     theirs, ours = pairs(network)
     least = PLANS[network].least
     a, b = pictures(least)
-    expected = theirs(channels_first(a), channels_first(b)).detach().numpy().reshape(-1)
+    expected = theirs(first(a), first(b)).detach().numpy().reshape(-1)
     np.testing.assert_allclose(ours(a, b), expected, rtol=1e-4)
     with pytest.raises(RuntimeError, match="too small"):
-        theirs(channels_first(a[:, 1:]), channels_first(b[:, 1:]))
+        theirs(first(a[:, 1:]), first(b[:, 1:]))
 
 
 @pytest.mark.parametrize("network", SHORT)

@@ -16,21 +16,9 @@ from benchmarks.torch_networks import give_weights  # noqa: E402
 from model.text_encoder import VocabularyEncoder  # noqa: E402
 from model.unet import UNet  # noqa: E402
 from model.vae import AutoencoderKL, sample_posterior  # noqa: E402
+from tests.torch_arrays import first, last, normal  # noqa: E402
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype("float32")
-
-
-def first(images):
-    """Channels first, as torch has them."""
-    return torch.from_numpy(np.moveaxis(images, -1, 1).copy())
-
-
-def last(tensor):
-    return np.moveaxis(tensor.detach().numpy(), 1, -1)
 
 
 def draw_weights(network):

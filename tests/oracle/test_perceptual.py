@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 from torch.nn import functional as F  # noqa: E402
 
 from model.perceptual import FeatureNetwork, PerceptualDistance, efficientnet_lite0, resize  # noqa: E402
+from tests.torch_arrays import first  # noqa: E402
 
 STRIDES = {1: 2, 3: 2, 5: 2, 11: 2}  # block -> stride; 1 elsewhere
 
@@ -70,15 +71,11 @@ def torch_distance(state, a, b):
     return sum(((unit(x) - unit(y)) ** 2).sum(dim=1).mean(dim=(1, 2)) for x, y in levels)
 
 
-def channels_first(pixels):
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
-
-
 @pytest.mark.parametrize("side", [224, 96, 65])
 def test_efficientnet_is_that_of_torch(state, pixels, side):
     pixels = np.asarray(resize(pixels, side))
     output = efficientnet_lite0()(pixels)
-    levels, features, logits = torch_lite0(state, channels_first(pixels))
+    levels, features, logits = torch_lite0(state, first(pixels))
     for level, expected in zip(output["levels"], levels, strict=True):
         expected = expected.permute(0, 2, 3, 1).numpy()
         np.testing.assert_allclose(level, expected, atol=1e-4 * np.abs(expected).max())
@@ -89,7 +86,7 @@ def test_efficientnet_is_that_of_torch(state, pixels, side):
 @pytest.mark.parametrize("side", [48, 96, 224])
 def test_resize_is_torchs_antialiased_bilinear(pixels, side):
     options = {"size": (side, side), "mode": "bilinear", "antialias": True, "align_corners": False}
-    expected = F.interpolate(channels_first(pixels), **options).permute(0, 2, 3, 1).numpy()
+    expected = F.interpolate(first(pixels), **options).permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(resize(pixels, side), expected, atol=1e-5)
 
 
@@ -100,7 +97,7 @@ def test_the_distance_and_its_gradient_are_those_of_torch(state, pixels):
         value = PerceptualDistance()(a, b)
     # Torch in float64: its own float32 gradient is 1 % off here, where one ReLU6 falls on the wrong side.
     state = {name: tensor.double() for name, tensor in state.items()}
-    torch_a, torch_b = (channels_first(x).double().requires_grad_() for x in (pixels[:1], pixels[1:]))
+    torch_a, torch_b = (first(x).double().requires_grad_() for x in (pixels[:1], pixels[1:]))
     expected = torch_distance(state, torch_a, torch_b)
     expected.backward()
     gradient = torch_a.grad.permute(0, 2, 3, 1).numpy()
