@@ -29,13 +29,14 @@ from errors import InputError
 from files import atomic_file
 
 LATENT_CHANNELS = 4
-SQUARE = 8  # pixels along a side of what the pictures show; it divides their sides
 KL_WEIGHT, ADVERSARIAL_WEIGHT = 1e-6, 0.5
 LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 1e-4, 1e-2, 1.0
 BETAS, EPSILON = (0.9, 0.99), 1e-7
 JUDGE = "discriminator"  # the first word of the paths of its variables
 FIRST_TOLERANCE = 1e-4  # relative, of each loss of the first step
 SECOND_TOLERANCE = 1e-2  # of those of the second, which has gone through all gradients and both optimizers
+# How many times the tolerance: a quotient of two gradients, which in float32 are themselves 1e-4 from the truth.
+LENIENCE = {"adversarial_weight": 10}
 
 
 class Size(NamedTuple):
@@ -232,15 +233,10 @@ def descent_of(network):
 
 
 def batch_of(size):
-    """Pixels (B, H, W, 3) and posterior noise (B, h, w, C), the same in every process.
-
-    The pictures are squares of one colour each: from pixel to pixel noise the gradients would cancel each other, and
-    what remains would depend on the order of sums.
-    """
+    """Pixels (B, H, W, 3) and posterior noise (B, h, w, C), the same in every process."""
     rng = np.random.default_rng(0)
     latent_side = size.side // 2 ** (len(size.level_channels) - 1)
-    colours = rng.uniform(-1, 1, (size.batch, size.side // SQUARE, size.side // SQUARE, 3))
-    pixels = colours.repeat(SQUARE, axis=1).repeat(SQUARE, axis=2)
+    pixels = rng.uniform(-1, 1, (size.batch, size.side, size.side, 3))
     noise = rng.normal(size=(size.batch, latent_side, latent_side, LATENT_CHANNELS))
     return {"pixels": pixels.astype("float32"), "posterior_noise": noise.astype("float32")}
 
@@ -316,24 +312,18 @@ class Side:
 # The figures
 
 
-def difference(ours, theirs):
-    """The largest relative difference of the losses that both sides have; NaN if there is one."""
-    names = list(theirs)
-    ours, theirs = (np.array([losses[name] for name in names]) for losses in (ours, theirs))
-    return float(np.max(np.abs(ours - theirs) / np.abs(theirs)))
-
-
 def check_alike(ours, theirs, tolerance, which):
-    """The largest relative difference of their losses.
+    """The relative differences of the losses that both sides have, by name.
 
     Raises:
-        RuntimeError: it is beyond the tolerance: the two do not train the same.
+        RuntimeError: one is beyond the tolerance: the two do not train the same.
     """
-    found = difference(ours, theirs)
-    if not found <= tolerance:  # which NaN is not
+    found = {name: abs(ours[name] - theirs[name]) / abs(theirs[name]) for name in theirs}
+    beyond = {name: value for name, value in found.items() if not value <= tolerance * LENIENCE.get(name, 1)}
+    if beyond:
         raise RuntimeError(
-            f"losses of the {which} step differ by {found:.1e} of their size, at most {tolerance:.0e} "
-            f"is expected: {ours} and {theirs}"
+            f"losses of the {which} step differ: relative differences {beyond}, at most {tolerance:.0e} is expected, "
+            f"of {ours} and {theirs}"
         )
     return found
 
@@ -381,7 +371,7 @@ def measure(options):
             name: version for side in sides.values() for name, version in side.facts["versions"].items()
         },
         "losses of the first step": {name: side.first.losses for name, side in sides.items()},
-        "largest relative difference of the losses of a step": alike,
+        "relative differences of the losses": alike,
         **rates(taken, size.batch),
         "seconds to the end of the first step": {
             name: side.seconds_to_first_step for name, side in sides.items()
