@@ -69,6 +69,8 @@ def test_a_gradient_that_is_too_large_is_brought_to_the_ratio():
     own = verdict(row(ratio=8.0), [row()], LIMITS)
     assert own == (False, 0.25, "the adversarial gradient was 8 times the reconstruction's")
     assert verdict(row(ratio=8.0, gap=6.0), [row()], LIMITS) == own  # of both the ratio counts
+    for ratio in (2.5, 20.0):
+        assert verdict(row(ratio=ratio), [row()], LIMITS).factor * ratio == pytest.approx(2.0)
     assert verdict(row(ratio=2.0), [row()], LIMITS) == (False, 1.0, None)
 
 
