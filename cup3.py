@@ -214,8 +214,8 @@ def _parse_train(command, words):
     if "--light" in words:
         if not settings.PRESETS[name].is_large:
             raise InputError(
-                f"--light: received with --preset {name}, whose networks are small already; expected with "
-                "--preset cup3 or afhq, whose recipes are for photographs: --preset cup3 --light --data FOLDER"
+                f"--light: received with --preset {name}, which has no smaller form; expected with --preset cup3 or "
+                "afhq, whose recipes are for photographs: --preset cup3 --light --data FOLDER"
             )
         defaults = settings.light(defaults)
     if command == "train":

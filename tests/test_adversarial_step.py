@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from model.discriminator import PatchDiscriminator
+from model.discriminator import PatchConv, PatchDiscriminator
 from model.vae import AutoencoderKL
 from optimizers import adamw
 from tests.batches import IMAGE_SIZE, LATENT_SHAPE, distance
@@ -14,11 +14,13 @@ from trainer import Adversary, VAETrainer, losses
 RATE = 0.5  # of plain gradient descent, which shows gradients as they are
 
 
-def trainer_of(optimizer=None, adversary=(), micro_batches=1, shape=(), **settings):
+def trainer_of(optimizer=None, adversary=(), micro_batches=1, shape=(), judge=(), **settings):
     """A tiny trainer whose optimizers are gradient descent, unless `optimizer` makes others."""
     keras.utils.set_random_seed(4)
     tiny = {"blocks": (0, 0), "latent_channels": 2, "groups": 2, "attention": False}
-    opponent = Adversary(PatchDiscriminator(4, 1, groups=2), **({"weight": 0.7} | dict(adversary)))
+    opponent = Adversary(
+        PatchDiscriminator(4, 1, groups=2, **dict(judge)), **({"weight": 0.7} | dict(adversary))
+    )
     settings = {
         "recon_loss": "mix",
         "kl_weight": 0.3,
@@ -28,8 +30,8 @@ def trainer_of(optimizer=None, adversary=(), micro_batches=1, shape=(), **settin
     vae = AutoencoderKL((4, 4), **tiny, **dict(shape))
     trainer = VAETrainer(vae, **settings, adversary=opponent, micro_batches=micro_batches)
     make = optimizer or (lambda variables, **_: keras.optimizers.SGD(RATE))
-    judge = opponent.discriminator.trainable_variables
-    trainer.compile(make(trainer.trained_variables), make(judge, name="disc"))
+    others = opponent.discriminator.trainable_variables
+    trainer.compile(make(trainer.trained_variables), make(others, name="disc"))
     return trainer
 
 
@@ -109,6 +111,29 @@ def test_both_sides_follow_the_gradients_of_their_losses(settings, micro_batches
         assert_close(steps, expected)
     assert float(logs["adversarial_weight"]) == pytest.approx(weight, rel=1e-4)
     assert float(logs["gradient_ratio"]) == pytest.approx(weight * deceiving / resembling, rel=1e-4)
+
+
+def test_batch_statistics_are_of_the_whole_batch_however_it_is_cut():
+    moved = []
+    for micro_batches in (1, 2):
+        trainer = trainer_of(judge={"norm": "batch"}, micro_batches=micro_batches)
+        tf.function(trainer.adversarial_step, autograph=False)(batch_of())
+        moved.append(arrays(trainer.vae.weights + trainer.adversary.discriminator.weights))
+    assert_close(*moved)
+
+
+def test_a_step_moves_the_directions_of_the_spectral_norms():
+    trainer = trainer_of(judge={"norm": "none", "spectral_norm": True}, micro_batches=2)
+    convolutions = [
+        layer for layer in trainer.adversary.discriminator.layers if isinstance(layer, PatchConv)
+    ][:-1]
+    before = [np.asarray(conv.u).copy() for conv in convolutions]
+    trainer.adversarial_step(batch_of())
+    for conv, u in zip(convolutions, before, strict=True):
+        matrix = conv.kernel.numpy().reshape(-1, conv.channels).astype("float64")  # as it is after the step
+        expected = matrix.T @ (matrix @ u)
+        np.testing.assert_allclose(conv.u, expected / np.linalg.norm(expected), rtol=1e-4, atol=1e-5)
+        assert np.abs(conv.u - u).max() > 1e-5
 
 
 def test_lecam_holds_logits_to_their_averages_and_these_follow():
