@@ -4,8 +4,6 @@ python cup3.py
 python benchmarks/recipe.py --vae-from runs/paper-flowers --epochs 11 --seeds 0 1
 """
 
-import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,10 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.runs import rows_of
+
 VELOCITY = {"diffusion.target": "velocity"}
 # The first is the preset's own; what a recipe does not name is the preset's.
 RECIPES = {
@@ -82,9 +83,7 @@ def _trained(name, seed, options):
         "evaluation.every": options.epochs,
         **RECIPES[name],
     }
-    words = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
-    subprocess.run([sys.executable, ROOT / "cup3.py", *words], check=True, stdout=subprocess.DEVNULL)
-    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    rows = rows_of("train", flags)
     return rows[-2], rows[-1]
 
 

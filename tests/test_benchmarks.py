@@ -3,13 +3,14 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import config
 import cup3
-from benchmarks import paper_flowers, recipe, samplers, sampling
+from benchmarks import guard, paper_flowers, recipe, runs, samplers, sampling
 from benchmarks.paper_flowers import Options, main
 from diffusion.samplers import SAMPLERS
 from diffusion.schedule import Process
@@ -146,6 +147,41 @@ def test_samplers_of_what_is_no_run_are_refused(tmp_path, capsys):
     assert printed.out == "" and printed.err.startswith("samplers: ") and printed.err.count("\n") == 1
 
 
+def write_log(run, rows):
+    folder = Path(run)
+    folder.mkdir(parents=True)
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_guards_benchmark_trains_four_that_differ_by_the_discriminator_alone(
+    tmp_path, monkeypatch, capsys
+):
+    asked = []
+
+    def run(command, check, stdout):
+        _, settings = cup3.parse(command[2:])
+        config.check(settings, autoencoder_alone=True)
+        asked.append(settings)
+        psnr = 30 - settings.adversarial.weight / 5
+        last = {f"{name}{end}": psnr for name in guard.SHOWN for end in ("", "_low", "_high")}
+        write_log(settings.run, [last | {"guard": "guard: a reason"}, last])
+
+    monkeypatch.setattr(runs.subprocess, "run", run)
+    guard.main(guard.Options(out=str(tmp_path / "out"), json=str(tmp_path / "guard.json")))
+    table = capsys.readouterr().out.splitlines()[2:]
+    assert table[0].startswith("| no discriminator | 30 [30, 30] |") and table[2].endswith(
+        "25 [25, 25] | 1 |"
+    )
+    assert [(one.adversarial.weight, one.adversarial.guard) for one in asked] == [
+        (0.0, True),
+        (0.5, True),
+        (25.0, False),
+        (25.0, True),
+    ]
+    assert len({(one.data, one.vae, one.vae_training, one.adversarial.start) for one in asked}) == 1
+    assert list(json.loads((tmp_path / "guard.json").read_text())) == list(guard.RUNS)
+
+
 def test_every_recipe_is_one_that_a_run_takes(tmp_path, monkeypatch, capsys):
     asked = []
 
@@ -157,12 +193,9 @@ def test_every_recipe_is_one_that_a_run_takes(tmp_path, monkeypatch, capsys):
             {"val_kid": 0.05 + settings.seed / 100, "seconds": 120},
             {"petal_color": 1.0, "center_color": 0.9, "petals": 0.5 + settings.seed / 10},
         ]
-        (tmp_path / "out").mkdir(exist_ok=True)
-        folder = tmp_path / "out" / settings.run.split("/")[-1]
-        folder.mkdir()
-        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_log(settings.run, rows)
 
-    monkeypatch.setattr(recipe.subprocess, "run", run)
+    monkeypatch.setattr(runs.subprocess, "run", run)
     recipe.main(recipe.Options(out=str(tmp_path / "out"), epochs=3))
     table = capsys.readouterr().out.splitlines()[2:]
     assert len(table) == len(recipe.RECIPES)
