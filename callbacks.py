@@ -14,6 +14,7 @@ import keras
 import numpy as np
 from tqdm import tqdm
 
+import parallel
 from checkpoint import RunFolder, assign, collect, named_variables
 from metrics import FEWEST_FOR_FLOOR, Estimate
 
@@ -194,7 +195,9 @@ class Keeper(keras.callbacks.Callback):
             self.run.save_average(
                 self.stage, self.step, collect(self.model.power_averages.variables, "average")
             )
-        if self.step % MOST_SKIPPED == 0 and skipped_in_row(self.model) >= MOST_SKIPPED:
+        # Reading makes an accelerator wait, so there it is looked for now and then only.
+        looks = parallel.on_cpu() or self.step % MOST_SKIPPED == 0
+        if looks and skipped_in_row(self.model) >= MOST_SKIPPED:
             raise Diverged(self.step)
         self.signals.release()
 
@@ -247,8 +250,12 @@ def _of_optimizers(trainer):
 
 def skipped_in_row(trainer):
     """How many steps in a row one of a trainer's optimizers has skipped up to now."""
-    counting = [optimizer for optimizer in trainer.optimizers_in_use if _counts(optimizer)]
-    return max((int(np.asarray(optimizer.skipped_in_row)) for optimizer in counting), default=0)
+    return max(skips_in_row(optimizer) for optimizer in trainer.optimizers_in_use)
+
+
+def skips_in_row(optimizer):
+    """How many steps in a row an optimizer has skipped up to now; 0 of one that does not count them."""
+    return int(np.asarray(optimizer.skipped_in_row)) if _counts(optimizer) else 0
 
 
 def _counts(optimizer):

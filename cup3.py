@@ -60,7 +60,7 @@ class Data:
 class Train(settings.Config):
     """Train a text-to-image model end to end, or go on with a run: the same command goes on where it stopped."""
 
-    # the networks and recipe of --preset cup3 sized for two cores; paper-flowers is small already and refuses it
+    # the networks and recipe of --preset cup3 or afhq sized for two cores; paper-flowers is small and refuses it
     light: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
@@ -68,7 +68,7 @@ class Train(settings.Config):
 class TrainVAE(settings.Config):
     """Train an autoencoder alone, or go on with a run. `train --vae-from` takes it then; with --vae-from it begins with
     another run's. Captions are not read. Of --training the validation fraction counts alone, and of --evaluation the
-    network: the rest is the U-Net's."""
+    network, size and weights: the rest is the U-Net's."""
 
     preset: str = "paper-flowers"  # where the defaults come from: paper-flowers, cup3, afhq or ffhq-vae
     # the autoencoder of --preset cup3 or afhq sized for two cores

@@ -291,11 +291,14 @@ def psnr(images_a, images_b):
         ValueError: dtypes or shapes that do not fit, or no picture.
     """
     _check_pairs("psnr", images_a, images_b)
-    differences = images_a.astype("float32") - images_b.astype("float32")
-    errors = np.square(differences).mean(axis=(1, 2, 3), dtype="float64")
+    errors = np.array([_mean_square(a, b) for a, b in zip(images_a, images_b, strict=True)])
     with np.errstate(divide="ignore"):
         decibels = 10 * np.log10(255.0**2 / errors)
     return mean_estimate(decibels)
+
+
+def _mean_square(a, b):
+    return np.square(a.astype("float32") - b.astype("float32")).mean(dtype="float64")
 
 
 def ssim(images_a, images_b):

@@ -94,7 +94,9 @@ class AdamW(keras.optimizers.AdamW):
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         """Keras' update, with the kernel's numbers made once and not for every variable."""
-        step = tf.cast(self.iterations + 1, tf.float32)
+        # Moments have seen the steps that were not skipped, and this one.
+        seen = tf.cast(self.iterations + 1, tf.float32) - tf.cast(self.skipped.value, tf.float32)
+        step = tf.maximum(1.0, seen)
         # Without a share of the gradient, which is 0 then, and with a rate of 0, all stays as it is.
         betas = {
             "beta1": 1.0 - (1.0 - self.beta_1) * self._counts,

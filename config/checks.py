@@ -30,6 +30,9 @@ NORMS = ("group", "batch", "none")
 PERCEPTUAL_NETWORKS = ("efficientnet_lite0", "vgg16", "alexnet", "squeezenet")
 RATE_SCHEDULES = ("cosine", "constant", "plateau")
 CONDITIONINGS = ("text", "class", "none")
+# Least side in pixels of what each network sees, and of the window of SSIM.
+LEAST_SEEN = {"efficientnet_lite0": 8, "vgg16": 16, "alexnet": 31, "squeezenet": 17}
+SSIM_WINDOW = 11
 SMALLEST_LIMIT = 1e-6  # of what the guard holds the adversarial loss to
 PROCESS_RANGE = (1e-3, 1e3)  # of the shift and the SNR's cap
 
@@ -81,6 +84,7 @@ def check(config: Config, autoencoder_alone=False) -> None:
     if not autoencoder_alone:
         _check_conditioning(config)
     _check_adversary(config)
+    _check_seen_size(config)
     _check_process(config.diffusion)
     check_sampling(
         "--evaluation.", config.evaluation.sampler, config.evaluation.spacing, config.evaluation.steps
@@ -92,10 +96,15 @@ def check(config: Config, autoencoder_alone=False) -> None:
             "--vae.skips: received with a diffusion model, whose samples such an autoencoder cannot decode, as it "
             "needs a picture's features; expected without, or python cup3.py train-vae"
         )
+    if config.vae_from and config.vae.latent_scale is not None and not config.train_vae:
+        raise InputError(
+            f"--vae.latent-scale: received {config.vae.latent_scale} with --vae-from, whose latents have a scale "
+            "already; expected None, or --train-vae too"
+        )
     if config.vae_training.decoder_only and not (config.vae_from and config.train_vae):
         raise InputError(
-            "--vae-training.decoder-only: expected --vae-from, the run whose encoder and latents stay as they are, "
-            "and --train-vae or the command train-vae"
+            "--vae-training.decoder-only: received alone, expected --vae-from, the run whose encoder and latents stay "
+            "as they are, and --train-vae or the command train-vae"
         )
     if config.train_vae is False and config.vae_from is None:
         raise InputError("--no-train-vae: expected --vae-from, the run to take a trained autoencoder from")
@@ -116,17 +125,30 @@ def check_same(flag, path, prefix, received: dict, expected, but=()) -> None:
         InputError: names the first setting that differs.
     """
     for name, value in part(expected).items():
-        other = received.get(name)
-        if name not in but and other != (list(value) if isinstance(value, tuple) else value):
-            own = f"{prefix}{name.replace('_', '-')}"
-            words = _in_words(tuple(other) if isinstance(other, list) else other)
+        other = received.get(
+            name, getattr(type(expected), name)
+        )  # runs of before the setting are as its default
+        if name not in but and _listed(other) != _listed(value):
             raise InputError(
-                f"{flag}: received {path}, whose {own} is {words}, expected {_in_words(value)}; give {own} {words}"
+                f"{flag}: received {path}, whose {prefix}{name.replace('_', '-')} is {_in_words(other)}, expected "
+                f"{_in_words(value)}; give {flag_of(prefix, name, other)}"
             )
 
 
+def flag_of(prefix, name, value) -> str:
+    """A setting as the command line takes it: `--vae.tanh`, `--vae.no-tanh`, `--vae.blocks 0 1`."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"{prefix}{flag}" if value else f"{prefix}no-{flag}"
+    return f"{prefix}{flag} {_in_words(value)}"
+
+
+def _listed(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _in_words(value):
-    return " ".join(map(str, value)) if isinstance(value, tuple) else value
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
 
 def vae_factor(config: Config) -> int:
@@ -331,10 +353,23 @@ def _check_adversary(config):
             f"--vae-training.micro-batches: received {micro_batches} with --adversarial.norm batch, whose statistics "
             "are of whole batches; expected 1"
         )
-    if adversarial.norm == "group" and adversarial.channels % adversarial.groups:
+    if adversarial.weight and adversarial.norm == "group" and adversarial.channels % adversarial.groups:
         raise InputError(
             f"--adversarial.channels: received {adversarial.channels}, expected a multiple of --adversarial.groups "
             f"({adversarial.groups})"
+        )
+
+
+def _check_seen_size(config):
+    """Refuses pictures that are too small for what looks at reconstructions."""
+    stage, size = config.vae_training, config.image_size
+    least = LEAST_SEEN[stage.perceptual_network] if stage.perceptual_weight else SSIM_WINDOW
+    if size < max(least, SSIM_WINDOW):
+        seen = (
+            f"--vae-training.perceptual-network {stage.perceptual_network}" if least > SSIM_WINDOW else "SSIM"
+        )
+        raise InputError(
+            f"--image-size: received {size}, expected at least {max(least, SSIM_WINDOW)}, the least for {seen}"
         )
 
 

@@ -1,8 +1,10 @@
 """The table of presets: systems by name."""
 
 import dataclasses
+import json
 from dataclasses import dataclass
 
+from config.checks import flag_of
 from config.settings import (
     AdversarialConfig,
     AugmentationConfig,
@@ -14,7 +16,7 @@ from config.settings import (
     UNetConfig,
     VAEConfig,
     VAETrainingConfig,
-    part,
+    to_dict,
 )
 from errors import InputError
 
@@ -202,15 +204,22 @@ def autoencoder_alone(config: Config) -> Config:
 
 def flags_for_its_autoencoder(entries: dict) -> str:
     """The flags that another run needs to take the autoencoder of a run of these settings, as `to_dict` gives them."""
-    own, default = entries["vae"], Config()
-    flags = [f"--image-size {entries['image_size']}"] if entries["image_size"] != default.image_size else []
-    for name, value in part(default.vae).items():
-        flag = name.replace("_", "-")
-        if own[name] is not None and own[name] != (list(value) if isinstance(value, tuple) else value):
-            words = own[name] if isinstance(own[name], list) else [own[name]]
-            switched = own[name] if isinstance(own[name], bool) else None
-            yes_or_no = {True: f"--vae.{flag}", False: f"--vae.no-{flag}"}
-            flags.append(yes_or_no.get(switched) or " ".join(map(str, [f"--vae.{flag}", *words])))
+    default = json.loads(json.dumps(to_dict(Config())))  # lists for tuples, as a run folder keeps them
+    flags = [
+        flag_of("--", name, entries[name])
+        for name in ("seed", "image_size")
+        if entries[name] != default[name]
+    ]
+    flags += [
+        flag_of("--vae.", name, value)
+        for name, value in entries["vae"].items()
+        if name != "latent_scale" and value != default["vae"][name]
+    ]
+    fraction = entries["training"][
+        "validation_fraction"
+    ]  # with the seed, it says which pictures are held out
+    if fraction != default["training"]["validation_fraction"]:
+        flags.append(flag_of("--training.", "validation_fraction", fraction))
     return " ".join(flags)
 
 

@@ -87,7 +87,7 @@ class VAETrainingConfig:
     micro_batches: int | None = None  # parts of a batch with gradients added up; None: 2 on a CPU, 1 on GPUs
     optimizer: str = "muon"  # adamw or muon; their learning rates differ
     learning_rate: float = 4e-3  # peak of the schedule; for adamw about 1e-3
-    warmup_steps: int = 100  # linear warm-up, then cosine decay to a hundredth
+    warmup_steps: int = 100  # of the linear warm-up, before the schedule
     weight_decay: float = 0.0  # of kernels; never of biases and norms
     clip_norm: float = 1.0  # largest global norm of the gradient
     # of the learning rate, after its warm-up: cosine, constant, or plateau, which lowers it when val_loss stays
@@ -193,7 +193,7 @@ class EvaluationConfig:
 class Config:
     """Everything that defines a run."""
 
-    preset: str = "paper-flowers"  # where the defaults come from: paper-flowers or cup3
+    preset: str = "paper-flowers"  # where the defaults come from: paper-flowers, cup3 or afhq
     data: str = "dataset/paper_flowers"  # folder of pictures, with their captions or classes
     run: str = "runs/paper-flowers"  # folder of the run
     seed: int = 0  # of every random draw

@@ -22,6 +22,8 @@ VAE_LOSSES = (
     "adversarial_weight",
     "logit_gap",
     "gradient_ratio",
+    "adversarial_scale",
+    "skipped_steps",
 )
 VAE_QUALITIES = ("val_psnr", "val_ssim", "val_lpips", "val_perceptual", "val_rkid")
 COLUMNS = 4  # panels a row

@@ -159,6 +159,7 @@ class PatchDiscriminator(keras.Model):
             x = ops.leaky_relu(x, SLOPE)
         last = {"spectral_norm": spectral_norm, "name": f"{name}.convs.{layers + 1}", "dtype": "float32"}
         super().__init__(pixels, PatchConv(1, **last)(x), name=name)
+        self.norm = norm
         self._arguments = (channels, layers, norm, groups, spectral_norm, name)
 
     @property
@@ -168,7 +169,7 @@ class PatchDiscriminator(keras.Model):
     @property
     def takes_whole_batches(self):
         """Whether a picture's logits in training depend on its batch, which so must not come in parts."""
-        return "batch" in self._arguments
+        return self.norm == "batch"
 
     @property
     def receptive_field(self):

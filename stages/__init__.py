@@ -5,6 +5,7 @@ again, resumes. The room that sees the whole config, of which the others get the
 """
 
 import contextlib
+import shlex
 import time
 from pathlib import Path
 
@@ -102,7 +103,8 @@ def _say_where_the_vae_is(run, data):
         flags = settings.flags_for_its_autoencoder(run.config)
         print(
             "\nTrain a diffusion model on it:\n"
-            f"   python cup3.py --vae-from {run.path} --run {run.path}-diffusion --data {run.config['data']} {flags}"
+            f"   python cup3.py --vae-from {shlex.quote(str(run.path))} --run {shlex.quote(f'{run.path}-diffusion')} "
+            f"--data {shlex.quote(run.config['data'])} {flags}\nWithout captions add --conditioning none."
         )
 
 

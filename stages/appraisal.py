@@ -12,7 +12,7 @@ from files import atomic_file
 from metrics import KID, Estimate, mean_estimate, psnr, ssim
 from stages.guard import Guard
 from stages.progress import epochs_without, rate_scale
-from trainer import decode_noise, reconstruct
+from trainer import at_once, decode_noise, losses, reconstruct
 
 MEASURED = 2048  # held-out pictures, of more, that an epoch is measured on
 PRIOR_SAMPLES = 16
@@ -37,8 +37,11 @@ class Appraisal:
     def __init__(self, run, trainer, config, held_out, features):
         self._run, self._trainer, self._stage = run, trainer, config.vae_training
         self._held_out, self._kid = held_out[:MEASURED], KID(features)
-        has_guard = trainer.adversary is not None and config.adversarial.guard
-        self._guard = Guard(run, trainer, config.adversarial) if has_guard else lambda row: {}
+        self._shown = {"n": len(self._held_out), "image_size": self._held_out.shape[1]}
+        self._guard, self._goes_back = (lambda row: {}), (lambda row: False)
+        if trainer.adversary is not None and config.adversarial.guard:
+            self._guard = Guard(run, trainer, config.adversarial)
+            self._goes_back = self._guard.goes_back
         self._is_due = lambda epoch: False
         if self._stage.measure_every:
             last, every = self._stage.epochs - 1, self._stage.measure_every
@@ -52,10 +55,16 @@ class Appraisal:
         """Saves the epoch's sheets and measures its reconstructions."""
         rebuilt = reconstruct(self._trainer.averaged_vae, self._held_out)
         self._save_sheets(epoch, rebuilt)
-        entries = _entries("psnr", psnr(self._held_out, rebuilt)) | _entries(
-            "ssim", ssim(self._held_out, rebuilt)
-        )
+        entries = {"kl_weight": self._kl_weight(row["step"])}
+        entries |= _entries("psnr", psnr(self._held_out, rebuilt))
+        entries |= _entries("ssim", ssim(self._held_out, rebuilt))
         return entries | (self._measured(rebuilt) if self._is_due(epoch) else {})
+
+    def _kl_weight(self, step):
+        """The weight that the KL had in the epoch's last step."""
+        stage = self._stage
+        factor = losses.kl_factor(stage.kl_schedule, step - 1, stage.kl_warmup_steps, stage.kl_cycles)
+        return stage.kl_weight * float(factor)
 
     def _save_sheets(self, epoch, rebuilt):
         n, vae = self._stage.previews, self._trainer.averaged_vae
@@ -71,19 +80,22 @@ class Appraisal:
         if seen is not None:
             name = "lpips" if seen.name == "lpips" else "perceptual"
             entries |= _entries(name, mean_estimate(distances(seen, self._held_out, rebuilt)))
-            entries[f"{name}_protocol"] = seen.protocol
+            entries[f"{name}_protocol"] = {**seen.protocol, **self._shown}
         if not self._kid.has_real:
             self._kid.set_real(self._kid.feature_network(self._held_out, progress=True))
         self._kid.reset_state()
         self._kid.update_state(None, rebuilt)
-        protocol = {**self._kid.feature_network.protocol, "n": len(rebuilt)}
+        protocol = {**self._kid.feature_network.protocol, **self._shown}
         floor = {"val_rkid_floor": self._kid.floor().value, "rkid_protocol": protocol}
         return entries | _entries("rkid", self._kid.estimate()) | floor
 
     def choose(self, row):
-        """By `val_loss`, which has the KL's full weight and no adversarial loss, so that epochs compare."""
+        """By `val_loss`, which has the KL's full weight and no adversarial loss, so that epochs compare.
+
+        An epoch from which the guard goes back is none to choose.
+        """
         value = row["val_loss"]
-        if not math.isfinite(value):
+        if not math.isfinite(value) or self._goes_back(row):
             return None
         return Measured(Estimate(value, value, value), {"protocol": {"metric": "val_loss"}})
 
@@ -107,7 +119,8 @@ class Appraisal:
 
     def _losses(self, row):
         """`val_loss` of the stage's epochs up to this row, all as the log keeps them: None where it is no number."""
-        former = [other["val_loss"] for other in self._run.rows() if other.get("stage") == row["stage"]]
+        own = [other for other in self._run.rows() if other.get("stage") == row["stage"]]
+        former = [None if other.get("went_back") else other["val_loss"] for other in own]
         return [*former, row["val_loss"] if math.isfinite(row["val_loss"]) else None]
 
     def _keep_halves(self, row):
@@ -118,13 +131,14 @@ class Appraisal:
             self._run.save_best(name, value, value, value, tensors, state)
 
 
-def distances(distance, images, rebuilt, batch_size=16):
+def distances(distance, images, rebuilt, batch_size=None):
     """The perceptual distance of each pair, float64 (N,), of images uint8 (N, H, W, 3); `distance` as of a trainer."""
 
     @tf.function(reduce_retracing=True, autograph=False)
     def of_batch(one, other):
         return distance(*(tf.cast(images, "float32") / 127.5 - 1.0 for images in (one, other)))
 
+    batch_size = batch_size or at_once(images.shape[1], most=16)
     starts = range(0, len(images), batch_size)
     cut = [[tf.constant(part[start : start + batch_size]) for part in (images, rebuilt)] for start in starts]
     return np.concatenate([np.asarray(of_batch(*pair), "float64") for pair in cut])

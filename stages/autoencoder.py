@@ -16,7 +16,7 @@ from model.lpips import perceptual
 from optimizers import adamw
 from stages.appraisal import Appraisal, save_plot
 from stages.fitting import fit, learning_rate_of, optimizer_of, steps_an_epoch
-from trainer import Adversary, VAETrainer
+from trainer import Adversary, VAETrainer, at_once
 
 LATENT_STATISTICS_FROM = 2048  # pictures from which the latents' mean and deviation are measured
 DISC_BETA_1 = (
@@ -164,12 +164,15 @@ def _take_over(vae, trainer, run, stage):
 def _measure_latents(config, run, data, vae):
     """Gives the autoencoder the scale of its latents, where it is to be measured, and writes the report of them."""
     mean, logvar = _moments(vae, data, config)
-    is_given = config.vae.latent_scale is not None
-    if (
-        not is_given and not config.vae_training.decoder_only
-    ):  # whose latents are those of before, scale and all
-        variance = mean.var((0, 1, 2)) + np.exp(logvar).mean((0, 1, 2))
-        vae.set_latent_statistics(mean.mean((0, 1, 2)), np.sqrt(variance))
+    given, everywhere = (
+        config.vae.latent_scale,
+        {"axis": (0, 1, 2), "dtype": "float64"},
+    )  # of many million values
+    if given is not None:  # another run's autoencoder, with which this one began, may have had another
+        vae.set_latent_statistics(np.zeros(mean.shape[-1]), np.full(mean.shape[-1], 1.0 / given))
+    elif not config.vae_training.decoder_only:  # else its latents are those of before, scale and all
+        variance = mean.var(**everywhere) + np.exp(logvar).mean(**everywhere)
+        vae.set_latent_statistics(mean.mean(**everywhere), np.sqrt(variance))
     scale = np.asarray(vae.latent_mean), np.asarray(vae.latent_std)
     report = latent_report(mean, logvar, *scale, config.image_size)
     run.write_json("latents.json", report)
@@ -186,7 +189,7 @@ def _moments(vae, data, config):
     ids = data.train_ids[:LATENT_STATISTICS_FROM]
     raw_moments = tf.function(vae.raw_moments, autograph=False)
     parts = []
-    for chunk in np.array_split(ids, max(1, len(ids) // 64)):
+    for chunk in np.array_split(ids, max(1, len(ids) // at_once(config.image_size, most=64))):
         pixels = data.whole(chunk, config.image_size).astype("float32") / 127.5 - 1.0
         parts.append([np.asarray(part) for part in raw_moments(pixels)])
     return [np.concatenate(part) for part in zip(*parts, strict=True)]

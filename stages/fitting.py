@@ -2,9 +2,10 @@
 
 from tqdm import tqdm
 
-from callbacks import Bar, Diverged, Interrupted
+from callbacks import Bar, Diverged, Interrupted, skips_in_row
 from errors import InputError
 from evaluate import plot_tracked
+from files import atomic_file
 from optimizers import OPTIMIZERS, warmup_cosine
 from tracking import Tracker, first_nonfinite, read_tracked
 
@@ -78,14 +79,24 @@ def fit(trainer, keeper, batches_from, validation, track=0):
         keeper.signals.shield()  # a second Ctrl-C must not cut the saving
         keeper.save(trainer)
         raise
-    if track:
-        plot_tracked(read_tracked(rows), rows.with_suffix(".png"))
+    tracked = read_tracked(rows) if track else []
+    if tracked:  # none where no step was left to measure
+        with atomic_file(rows.with_suffix(".png")) as file:
+            plot_tracked(tracked, file)
+
+
+def _where_else(trainer):
+    """Which side it is, where the trainer's own losses are finite on the batch."""
+    _, *others = trainer.optimizers_in_use
+    if any(skips_in_row(optimizer) for optimizer in others):
+        return "it is the discriminator's loss or gradient that is not finite"
+    return "the last of them is finite by itself"
 
 
 def _where_it_diverged(trainer, keeper, batches_from, stop):
     """What to tell a user whose training has no finite gradients any more."""
     batch = next(iter(batches_from(stop.step - 1)))
-    where = first_nonfinite(trainer, batch) or "the last of them is finite by itself"
+    where = first_nonfinite(trainer, batch) or _where_else(trainer)
     saved = keeper.run.checkpoint_steps(keeper.stage)
     good = (
         f"the run keeps its last good checkpoint, of step {saved[-1]}" if saved else "nothing was saved yet"

@@ -71,8 +71,7 @@ class Guard:
 
     def __call__(self, row):
         """Acts after the epoch of a row; returns what the row says of it."""
-        former = [other for other in self._run.rows() if other.get("stage") == "vae" and "val_psnr" in other]
-        goes_back, factor, reason = verdict(row, former, self._settings)
+        goes_back, factor, reason = self._verdict(row)
         scale = self._trainer.adversary.scale
         entries = {"adversarial_scale": float(scale.numpy())}
         scale.assign(scale * factor)
@@ -87,6 +86,14 @@ class Guard:
             )
         return entries
 
+    def goes_back(self, row):
+        """Whether it will go back after the epoch of a row."""
+        return self._verdict(row).goes_back
+
+    def _verdict(self, row):
+        former = [other for other in self._run.rows() if other.get("stage") == "vae" and "val_psnr" in other]
+        return verdict(row, former, self._settings)
+
     def _keep(self, step):
         tensors = {}
         for prefix, variables in self._trainer.kept_variables.items():
@@ -97,6 +104,10 @@ class Guard:
         good = self._run.latest(GOOD)
         for prefix, variables in self._trainer.kept_variables.items():
             assign(_states(variables), good.tensors, prefix, source=self._run.path)
+        if (
+            self._trainer.ema_vae is not None
+        ):  # which was measured: beside it the raw weights may have been bad already
+            self._trainer.vae.set_weights(self._trainer.ema_vae.get_weights())
         return good.step
 
 

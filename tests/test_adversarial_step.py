@@ -63,7 +63,7 @@ def by_the_formulas(trainer, batch):
         )
         with tf.GradientTape() as inner:
             inner.watch(pixels)
-            total = tf.reduce_sum(judge(pixels, training=True))
+            total = tf.reduce_sum(tf.reduce_mean(judge(pixels, training=True), axis=(1, 2, 3)))
         penalty = tf.reduce_mean(tf.reduce_sum(inner.gradient(total, pixels) ** 2, axis=(1, 2, 3)))
         judging += 0.5 * adversary.r1_weight * penalty
     kernel = vae.decoder.get_layer("decoder.conv_out").kernel

@@ -25,6 +25,7 @@ from trainer import Adversary, VAETrainer, decode_noise, reconstruct
 
 STEPS = 3  # an epoch
 HELD_OUT = np.random.default_rng(0).integers(0, 256, (20, IMAGE_SIZE, IMAGE_SIZE, 3)).astype("uint8")
+SHOWN = {"n": 20, "image_size": IMAGE_SIZE}  # what a protocol says of them
 SHAPE = {"blocks": (0, 0), "latent_channels": 2, "groups": 2, "attention": False}
 
 
@@ -122,9 +123,13 @@ def test_a_row_has_what_metrics_say_of_the_averages_reconstructions(run, guarded
     expected = entries("psnr", psnr(HELD_OUT, rebuilt)) | entries("ssim", ssim(HELD_OUT, rebuilt))
     expected |= entries("rkid", kid(see(HELD_OUT), see(rebuilt)))
     expected |= {"val_rkid_floor": kid_floor(see(HELD_OUT), n=20).value}
-    protocols = {"rkid_protocol": {"network": "colours", "n": 20}, "lpips_protocol": {"network": "largest"}}
+    protocols = {"rkid_protocol": {"network": "colours"} | SHOWN}
+    protocols |= {
+        "lpips_protocol": {"network": "largest"} | SHOWN,
+        "kl_weight": settings().vae_training.kl_weight,
+    }
     for _ in range(2):  # an epoch's measurements leave nothing behind for the next
-        row = judged.finish_row(0, {})
+        row = judged.finish_row(0, {"step": 1})
         seen = [row.pop(name) for name in ("val_lpips", "val_lpips_low", "val_lpips_high")]
         assert seen == pytest.approx(list(mean_estimate(largest)), rel=1e-5)
         assert row == expected | protocols
@@ -132,8 +137,8 @@ def test_a_row_has_what_metrics_say_of_the_averages_reconstructions(run, guarded
 
 def test_another_distance_is_no_lpips(run, vae):
     trainer = compiled(vae, Seen("perceptual_distance"))
-    row = Appraisal(run, trainer, settings(measure_every=1), HELD_OUT, Colours()).finish_row(0, {})
-    assert row["perceptual_protocol"] == {"network": "largest"} and row["val_perceptual"] > 0
+    row = Appraisal(run, trainer, settings(measure_every=1), HELD_OUT, Colours()).finish_row(0, {"step": 1})
+    assert row["perceptual_protocol"] == {"network": "largest", **SHOWN} and row["val_perceptual"] > 0
     assert not any("lpips" in name for name in row)
 
 
@@ -152,7 +157,7 @@ def test_distances_of_pairs_do_not_depend_on_how_they_are_cut():
 def test_kid_is_measured_when_it_is_due_and_psnr_always(run, plain, monkeypatch, every, due):
     judged = Appraisal(run, plain, settings(epochs=4, measure_every=every), HELD_OUT, Colours())
     monkeypatch.setattr(judged, "_save_sheets", lambda *arguments: None)
-    rows = [judged.finish_row(epoch, {}) for epoch in range(4)]
+    rows = [judged.finish_row(epoch, {"step": 1}) for epoch in range(4)]
     assert [epoch + 1 for epoch, row in enumerate(rows) if "val_rkid" in row] == due
     assert all(rows[0][name] == row[name] for row in rows for name in ("val_psnr", "val_ssim"))
     assert not any("perceptual" in name for row in rows for name in row)  # without one
@@ -160,7 +165,7 @@ def test_kid_is_measured_when_it_is_due_and_psnr_always(run, plain, monkeypatch,
 
 def test_no_more_than_so_many_are_measured(run, plain, monkeypatch):
     monkeypatch.setattr(appraisal, "MEASURED", 7)
-    row = Appraisal(run, plain, settings(measure_every=1), HELD_OUT, Colours()).finish_row(0, {})
+    row = Appraisal(run, plain, settings(measure_every=1), HELD_OUT, Colours()).finish_row(0, {"step": 1})
     assert row["val_psnr"] == psnr(HELD_OUT[:7], reconstruct(plain.vae, HELD_OUT[:7])).value
     assert row["rkid_protocol"]["n"] == 7
 
@@ -169,7 +174,7 @@ def test_no_more_than_so_many_are_measured(run, plain, monkeypatch):
 
 
 def test_the_sheets_show_the_pictures_there_and_back_and_decoded_noise(run, guarded):
-    Appraisal(run, guarded, settings(previews=3), HELD_OUT, Colours()).finish_row(4, {})
+    Appraisal(run, guarded, settings(previews=3), HELD_OUT, Colours()).finish_row(4, {"step": 1})
     rebuilt = reconstruct(guarded.ema_vae, HELD_OUT[:3])
     expected = {
         "vae_005.png": reconstruction_sheet(HELD_OUT[:3], rebuilt),
@@ -183,7 +188,7 @@ def test_the_sheets_show_the_pictures_there_and_back_and_decoded_noise(run, guar
 
 def test_with_skips_there_is_no_prior(run):
     trainer = compiled(AutoencoderKL((4, 4), **SHAPE, skips=True))
-    row = Appraisal(run, trainer, settings(), HELD_OUT, Colours()).finish_row(0, {})
+    row = Appraisal(run, trainer, settings(), HELD_OUT, Colours()).finish_row(0, {"step": 1})
     assert row["val_psnr"] == psnr(HELD_OUT, reconstruct(trainer.vae, HELD_OUT)).value
     assert [path.name for path in (run.path / "samples").iterdir()] == ["vae_001.png"]
 

@@ -198,7 +198,7 @@ REFUSED = [
         "--vae-training.plateau-factor: received nan, expected 0 to 1",
     ),
     (
-        {"adversarial__channels": 24},
+        {"adversarial__weight": 0.5, "adversarial__channels": 24},
         "--adversarial.channels: received 24, expected a multiple of --adversarial.groups (16)",
     ),
     (
@@ -212,8 +212,8 @@ REFUSED = [
     ),
     (
         {"vae_training__decoder_only": True},
-        "--vae-training.decoder-only: expected --vae-from, the run whose encoder and latents stay as they are, "
-        "and --train-vae or the command train-vae",
+        "--vae-training.decoder-only: received alone, expected --vae-from, the run whose encoder and latents stay as "
+        "they are, and --train-vae or the command train-vae",
     ),
     (
         {"vae_training__perceptual_depth": 6},

@@ -85,7 +85,7 @@ def test_the_log_has_a_row_an_epoch_with_its_protocol(finished):
     common = {"stage", "epoch", "step", "loss", "val_loss", "learning_rate", "seconds", "best"}
     parts = {f"{val}{name}_loss" for val in ("", "val_") for name in ("recon", "kl", "perceptual")}
     rebuilt = {f"val_{name}{end}" for name in ("psnr", "ssim") for end in ("", "_low", "_high")}
-    assert rows[0].keys() == common | parts | rebuilt
+    assert rows[0].keys() == common | parts | rebuilt | {"kl_weight"}
     measured = {"val_kid", "val_kid_low", "val_kid_high", "val_kid_floor", "weak_step", "protocol"}
     assert [row["weak_step"] for row in rows[2:4]] == [None, 4]  # averages were kept at step 4 only
     changed = {f"val_kid_change{end}" for end in ("", "_low", "_high")}

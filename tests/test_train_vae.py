@@ -23,7 +23,7 @@ EPOCHS, STEPS, START = 3, 3, 4
 AUTOENCODER = {
     name: value
     for name, value in TINY.items()
-    if name.split(".")[0] not in ("unet", "text-encoder", "diffusion")
+    if name.split(".")[0] not in ("unet", "text-encoder", "diffusion", "epochs", "batch-size")
 }
 ADVERSARIAL = {
     "vae_training.epochs": EPOCHS,

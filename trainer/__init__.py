@@ -8,6 +8,14 @@ replicas do what one does.
 from metrics import KID
 from trainer._adversary import Adversary
 from trainer._diffusion import LatentDiffusionTrainer
-from trainer._vae import VAETrainer, decode_noise, reconstruct
+from trainer._vae import VAETrainer, at_once, decode_noise, reconstruct
 
-__all__ = ["KID", "Adversary", "LatentDiffusionTrainer", "VAETrainer", "decode_noise", "reconstruct"]
+__all__ = [
+    "KID",
+    "Adversary",
+    "LatentDiffusionTrainer",
+    "VAETrainer",
+    "at_once",
+    "decode_noise",
+    "reconstruct",
+]

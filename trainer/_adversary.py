@@ -90,7 +90,8 @@ class Adversary:
         with tf.GradientTape() as tape:
             tape.watch(pixels)
             logits = self.discriminator(pixels, training=True)
-            total = ops.sum(ops.cast(logits, "float32"))
+            # A mean over patches, as the losses are: so the penalty's weight means the same at any size.
+            total = ops.sum(ops.mean(ops.cast(logits, "float32"), axis=(1, 2, 3)))
         return logits, losses.r1(tape.gradient(total, pixels))
 
     def weighed(self, norm_reconstruction, norm_adversarial):

@@ -131,10 +131,15 @@ class Trainer(keras.Model):
         """The running means of these losses; `skip_bad` leaves out what is not finite, as the step did."""
         for name, value in losses.items():
             if skip_bad:
-                weight = tf.cast(tf.math.is_finite(value), tf.float32)
+                weight = tf.cast(tf.math.is_finite(value), tf.float32) * self._has_counted()
                 value = tf.math.multiply_no_nan(value, weight)
             self.trackers[name].update_state(value, sample_weight=weight)
         return {name: self.trackers[name].result() for name in losses}
+
+    def _has_counted(self):
+        """1, or 0 where the optimizer has just skipped a step: on all replicas, also those whose losses are finite."""
+        skips = getattr(self.optimizer, "skipped_in_row", None)
+        return 1.0 if skips is None else tf.cast(tf.equal(skips.value, 0), tf.float32)
 
     def compile(self, optimizer, **kwargs):
         """Takes an optimizer that was built for `trained_variables`; XLA stays off unless asked for.

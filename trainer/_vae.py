@@ -12,6 +12,8 @@ from generate import noise_of, to_images
 from trainer import losses
 from trainer._base import Trainer, copy, loss_scale, move_average, refused_if
 
+PIXELS_AT_ONCE = 32 * 128 * 128  # of pictures, where there are no gradients
+
 
 class VAETrainer(Trainer):
     """Trains an `AutoencoderKL` by reconstruction, KL and, if wanted, a perceptual and an adversarial loss.
@@ -233,9 +235,8 @@ class VAETrainer(Trainer):
 
     def _weight(self, looks):
         """The weight of the adversarial loss for this step, and the ratio of the two gradients."""
-        kernels = [
-            _added([gradients[:1] for gradients in side])[0] for side in zip(*(look[2:4] for look in looks))
-        ]
+        sides = zip(*((look.resembling[0], look.deceiving[0]) for look in looks), strict=True)
+        kernels = [tf.add_n(list(parts)) for parts in sides]
         scale = loss_scale(self.optimizer)
         norms = [tf.norm(kernel) / scale for kernel in self._everywhere(kernels, "SUM")]
         return self.adversary.weighed(*norms)
@@ -291,17 +292,31 @@ def _added(lists):
     return [tf.add_n(list(tensors)) for tensors in zip(*lists, strict=True)]
 
 
-def reconstruct(vae, images, batch_size=32):
-    """Images uint8 (N, H, W, 3) through the autoencoder's posterior mean and back."""
-    chunks = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-    parts = [_there_and_back(vae, tf.constant(chunk.astype("float32") / 127.5 - 1.0)) for chunk in chunks]
-    return np.concatenate([np.asarray(part) for part in parts])
+def at_once(side, most=32):
+    """How many square pictures of a side go through an autoencoder at once: fewer where they are large.
+
+    Args:
+        side: of the pictures in pixels.
+        most: how many of small ones.
+    """
+    return max(1, min(most, PIXELS_AT_ONCE // side**2))
+
+
+def reconstruct(vae, images, batch_size=None):
+    """Images uint8 (N, H, W, 3) through the autoencoder's posterior mean and back; `at_once` so many, or as asked."""
+    batch_size, rebuilt = batch_size or at_once(images.shape[1]), np.empty_like(images)
+    for start in range(0, len(images), batch_size):
+        pixels = images[start : start + batch_size].astype("float32") / 127.5 - 1.0
+        rebuilt[start : start + batch_size] = np.asarray(_there_and_back(vae, tf.constant(pixels)))
+    return rebuilt
 
 
 def decode_noise(vae, number, image_size):
     """What the decoder makes of `number` draws of the latents' prior, N(0, 1) before scaling: uint8 (N, H, W, 3)."""
-    noise = noise_of(tf.range(number), vae.latent_shape(image_size))
-    return np.asarray(_decoded(vae, noise))
+    noise, n = noise_of(tf.range(number), vae.latent_shape(image_size)), at_once(image_size)
+    return np.concatenate(
+        [np.asarray(_decoded(vae, noise[start : start + n])) for start in range(0, number, n)]
+    )
 
 
 @tf.function(reduce_retracing=True, autograph=False)

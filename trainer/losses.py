@@ -181,7 +181,7 @@ def r1(gradient):
     R1 of Mescheder et al. 2018, equation 9, is gamma / 2 E |grad D(x)|^2 over real x.
 
     Args:
-        gradient: of the sum of all logits of a batch, with respect to its real pixels.
+        gradient: by real pixels, of D(x), each sample's mean over patches of its logits, summed over the batch.
     """
     (gradient,) = _floats(gradient)
     return ops.sum(ops.square(gradient), axis=tuple(range(1, len(gradient.shape))))
