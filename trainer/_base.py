@@ -155,6 +155,11 @@ class Trainer(keras.Model):
         # In 16 bits Keras would wrap the optimizer in one that scales losses by itself, and looks at one replica only.
         super().compile(optimizer=optimizer, **{"jit_compile": False, "auto_scale_loss": False, **kwargs})
 
+    def _get_metrics_result_or_logs(self, logs):
+        """The means over all replicas, with their weights; Keras would average the replicas' own where a tracker of
+        another step, such as the adversarial one, is not among the logs."""
+        return {name: self.trackers[name].result() for name in logs}
+
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
         """Nothing is left to build; Keras would average a batch over the replicas for it, which fails on a mask."""
 
