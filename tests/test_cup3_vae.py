@@ -148,7 +148,7 @@ REFUSED = [
     ),
     (
         "train-vae --vae-training.decoder-only",
-        "--vae-training.decoder-only: expected --vae-from, the run whose e",
+        "--vae-training.decoder-only: received alone, expected --vae-from, the run whose e",
     ),
     ("--vae.skips", "--vae.skips: received with a diffusion model, whose samples such an autoencoder cannot"),
 ]
