@@ -47,40 +47,11 @@ def check(config: Config, autoencoder_alone=False) -> None:
     Raises:
         InputError: names the setting, the value received and the value expected.
     """
-    for name, value, least in _least_values(config):
-        if not least <= value < math.inf:  # written so that NaN is refused too
-            raise InputError(f"--{name}: received {value}, expected a finite number, at least {least}")
-    for name, value, most in _largest_values(config):
-        if value > most:
-            raise InputError(f"--{name}: received {value}, expected at most {most}")
-    check_strength("--evaluation.guidance", config.evaluation.guidance)
-    check_interval("--evaluation.guidance-interval", config.evaluation.guidance_interval)
-    check_strength("--evaluation.autoguidance", config.evaluation.autoguidance)
-    check_weak("--evaluation.weak", config.evaluation.weak)
-    if config.evaluation.autoguidance != 1 and not config.training.snapshots:
-        raise InputError(
-            f"--evaluation.autoguidance: received {config.evaluation.autoguidance} with --training.snapshots 0, which "
-            "keeps no early weights to lead away from; expected snapshots, or 1, which is off"
-        )
+    _check_ranges(config)
+    _check_guidance(config)
     _check_widths(config)
-    factor = vae_factor(config)
-    multiple = size_multiple(config)
-    if config.image_size % factor:
-        raise InputError(
-            f"--image-size: received {config.image_size}, expected a multiple of {factor}, "
-            "the factor of the autoencoder"
-        )
-    if config.image_size % multiple and not autoencoder_alone:
-        raise InputError(
-            f"--image-size: received {config.image_size}, whose latents of side {config.image_size // factor} the "
-            f"U-Net cannot halve {len(config.unet.level_channels) - 1} times; expected a multiple of {multiple}"
-        )
-    for name, value, most in _fractions(config):
-        if not 0 <= value <= most:
-            raise InputError(f"--{name}: received {value}, expected 0 to {most}")
-    for name, value, known in _choices(config):
-        if value not in known:
-            raise InputError(f"--{name}: received {value!r}, expected one of {', '.join(map(str, known))}")
+    _check_sides(config, autoencoder_alone)
+    _check_names(config)
     if not autoencoder_alone:
         _check_conditioning(config)
     _check_adversary(config)
@@ -89,25 +60,7 @@ def check(config: Config, autoencoder_alone=False) -> None:
     check_sampling(
         "--evaluation.", config.evaluation.sampler, config.evaluation.spacing, config.evaluation.steps
     )
-    if not re.fullmatch(r"all|none|\d+(,\d+)*", config.gpus):
-        raise InputError(f"--gpus: received {config.gpus!r}, expected all, none, or indices such as 0,2")
-    if config.vae.skips and not autoencoder_alone:
-        raise InputError(
-            "--vae.skips: received with a diffusion model, whose samples such an autoencoder cannot decode, as it "
-            "needs a picture's features; expected without, or python cup3.py train-vae"
-        )
-    if config.vae_from and config.vae.latent_scale is not None and not config.train_vae:
-        raise InputError(
-            f"--vae.latent-scale: received {config.vae.latent_scale} with --vae-from, whose latents have a scale "
-            "already; expected None, or --train-vae too"
-        )
-    if config.vae_training.decoder_only and not (config.vae_from and config.train_vae):
-        raise InputError(
-            "--vae-training.decoder-only: received alone, expected --vae-from, the run whose encoder and latents stay "
-            "as they are, and --train-vae or the command train-vae"
-        )
-    if config.train_vae is False and config.vae_from is None:
-        raise InputError("--no-train-vae: expected --vae-from, the run to take a trained autoencoder from")
+    _check_autoencoders_use(config, autoencoder_alone)
 
 
 def check_same(flag, path, prefix, received: dict, expected, but=()) -> None:
@@ -125,9 +78,8 @@ def check_same(flag, path, prefix, received: dict, expected, but=()) -> None:
         InputError: names the first setting that differs.
     """
     for name, value in part(expected).items():
-        other = received.get(
-            name, getattr(type(expected), name)
-        )  # runs of before the setting are as its default
+        # A run of before the setting is as its default.
+        other = received.get(name, getattr(type(expected), name))
         if name not in but and _listed(other) != _listed(value):
             raise InputError(
                 f"{flag}: received {path}, whose {prefix}{name.replace('_', '-')} is {_in_words(other)}, expected "
@@ -198,6 +150,76 @@ def check_sampling(prefix, sampler, spacing, steps) -> None:
         raise InputError(
             f"{prefix}steps: received {steps} with {prefix}spacing {spacing}, expected at most {GRID_STEPS}"
         )
+
+
+def _check_ranges(config):
+    for name, value, least in _least_values(config):
+        if not least <= value < math.inf:  # written so that NaN is refused too
+            raise InputError(f"--{name}: received {value}, expected a finite number, at least {least}")
+    for name, value, most in _largest_values(config):
+        if value > most:
+            raise InputError(f"--{name}: received {value}, expected at most {most}")
+
+
+def _check_guidance(config):
+    evaluation = config.evaluation
+    check_strength("--evaluation.guidance", evaluation.guidance)
+    check_interval("--evaluation.guidance-interval", evaluation.guidance_interval)
+    check_strength("--evaluation.autoguidance", evaluation.autoguidance)
+    check_weak("--evaluation.weak", evaluation.weak)
+    if evaluation.autoguidance != 1 and not config.training.snapshots:
+        raise InputError(
+            f"--evaluation.autoguidance: received {evaluation.autoguidance} with --training.snapshots 0, which "
+            "keeps no early weights to lead away from; expected snapshots, or 1, which is off"
+        )
+
+
+def _check_sides(config, autoencoder_alone):
+    """Refuses sides that the autoencoder, or the U-Net after it, cannot halve as often as it does."""
+    factor, multiple = vae_factor(config), size_multiple(config)
+    if config.image_size % factor:
+        raise InputError(
+            f"--image-size: received {config.image_size}, expected a multiple of {factor}, "
+            "the factor of the autoencoder"
+        )
+    if config.image_size % multiple and not autoencoder_alone:
+        raise InputError(
+            f"--image-size: received {config.image_size}, whose latents of side {config.image_size // factor} the "
+            f"U-Net cannot halve {len(config.unet.level_channels) - 1} times; expected a multiple of {multiple}"
+        )
+
+
+def _check_names(config):
+    """Refuses shares out of 0 to their largest, names that nothing has, and GPUs that are no list."""
+    for name, value, most in _fractions(config):
+        if not 0 <= value <= most:
+            raise InputError(f"--{name}: received {value}, expected 0 to {most}")
+    for name, value, known in _choices(config):
+        if value not in known:
+            raise InputError(f"--{name}: received {value!r}, expected one of {', '.join(map(str, known))}")
+    if not re.fullmatch(r"all|none|\d+(,\d+)*", config.gpus):
+        raise InputError(f"--gpus: received {config.gpus!r}, expected all, none, or indices such as 0,2")
+
+
+def _check_autoencoders_use(config, autoencoder_alone):
+    """Refuses what does not go together of the autoencoder: where it is from, what of it is trained, and what for."""
+    if config.vae.skips and not autoencoder_alone:
+        raise InputError(
+            "--vae.skips: received with a diffusion model, whose samples such an autoencoder cannot decode, as it "
+            "needs a picture's features; expected without, or python cup3.py train-vae"
+        )
+    if config.vae_from and config.vae.latent_scale is not None and not config.train_vae:
+        raise InputError(
+            f"--vae.latent-scale: received {config.vae.latent_scale} with --vae-from, whose latents have a scale "
+            "already; expected None, or --train-vae too"
+        )
+    if config.vae_training.decoder_only and not (config.vae_from and config.train_vae):
+        raise InputError(
+            "--vae-training.decoder-only: received alone, expected --vae-from, the run whose encoder and latents stay "
+            "as they are, and --train-vae or the command train-vae"
+        )
+    if config.train_vae is False and config.vae_from is None:
+        raise InputError("--no-train-vae: expected --vae-from, the run to take a trained autoencoder from")
 
 
 def _least_values(config):

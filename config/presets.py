@@ -68,7 +68,6 @@ CUP3 = Config(
 )
 
 LARGE_VAE = VAEConfig(level_channels=(128, 256, 512, 512), blocks=(2, 2, 2, 2), groups=32, attention=True)
-CHOSEN_BY_LOSS = {"schedule": "plateau", "early_stopping": 8, "keep": "best"}
 
 AFHQ = Config(
     preset="afhq",
@@ -118,7 +117,9 @@ FFHQ_VAE = Config(
         kl_schedule="linear",
         kl_warmup_steps=10_000,
         perceptual_weight=0.0,
-        **CHOSEN_BY_LOSS,
+        schedule="plateau",
+        early_stopping=8,
+        keep="best",
     ),
     text_encoder=TextEncoderConfig(layers=0),
     training=TrainingConfig(validation_fraction=0.03),

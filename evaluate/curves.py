@@ -114,7 +114,7 @@ def plot_vae_curves(rows, path):
     lines = -(-len(panels) // COLUMNS)
     columns = min(COLUMNS, len(panels))
     figure, axes = plt.subplots(lines, columns, figsize=(3.6 * columns, 2.9 * lines), squeeze=False)
-    for axis, names in zip(axes.flat, panels, strict=False):
+    for axis, names in zip(axes.flat[: len(panels)], panels, strict=True):
         _plot_panel(axis, rows, names)
     for axis in axes.flat[len(panels) :]:
         axis.remove()

@@ -19,10 +19,10 @@ from stages.fitting import fit, learning_rate_of, optimizer_of, steps_an_epoch
 from trainer import Adversary, VAETrainer, at_once
 
 LATENT_STATISTICS_FROM = 2048  # pictures from which the latents' mean and deviation are measured
-DISC_BETA_1 = (
-    0.5  # of its Adam: a discriminator's gradients of long ago are of other pictures (Radford et al. 2016)
-)
-OWN_SETTINGS = (  # of `VAETrainer`, that have the same name in the config
+# Of the discriminator's Adam: its gradients of long ago are of other pictures (Radford et al. 2016).
+DISC_BETA_1 = 0.5
+# Of `VAETrainer`, that have the same name in the config.
+OWN_SETTINGS = (
     "recon_loss",
     "recon_weight",
     "l1_share",

@@ -8,12 +8,8 @@ from checkpoint import assign, collect
 GOOD = "vae_good"  # stage name of the checkpoint to go back to
 BACK_OFF = 0.1  # of the adversarial weight, where held-out PSNR has fallen
 GAP_BACK_OFF = 0.5  # of it, where the discriminator tells everything apart
-NEVER_BACK = (
-    "iteration",
-    "skipped",
-    "skipped_in_row",
-    "scale",
-)  # of the state: what counts, and the guard's own
+# Of the state: what counts, and the guard's own.
+NEVER_BACK = ("iteration", "skipped", "skipped_in_row", "scale")
 
 
 class Verdict(NamedTuple):
