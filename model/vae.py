@@ -306,5 +306,12 @@ def sample_posterior(mean, logvar, noise):
 
 
 def kl_divergence(mean, logvar):
-    """KL of N(mean, exp(logvar)) from N(0, 1), in nats, summed over each sample: (B, h, w, C) -> (B,)."""
-    return 0.5 * ops.sum(ops.square(mean) + ops.exp(logvar) - 1.0 - logvar, axis=(1, 2, 3))
+    """KL of N(mean, exp(logvar)) from N(0, 1) in nats, of each value by itself (Kingma & Welling 2014, appendix B).
+
+    Args:
+        mean, logvar: tensors of one shape.
+
+    Returns:
+        Of that shape: (mean^2 + exp(logvar) - 1 - logvar) / 2.
+    """
+    return 0.5 * (ops.square(mean) + ops.exp(logvar) - 1.0 - logvar)

@@ -10,9 +10,9 @@ import pytest
 import tensorflow as tf
 
 from errors import InputError
-from model.vae import AutoencoderKL
 from optimizers import adamw
 from tests.batches import IMAGE_SIZE, LATENT_SHAPE, distance, tensors
+from tests.light_vae import LightVAE
 from tracking import TRACKED, Measurer, Tracker, first_nonfinite, read_tracked
 from trainer import LatentDiffusionTrainer, VAETrainer
 
@@ -274,19 +274,6 @@ def test_a_nan_in_an_autoencoder_is_found_by_its_layer(trainer):
 # The callback.
 
 
-class Light(AutoencoderKL):
-    """An autoencoder of few variables, whose layers are no functional network's."""
-
-    def __init__(self):
-        keras.Model.__init__(self, name="vae")
-        self.factor, self.skips = 2, False
-        self.encoder = keras.layers.Conv2D(4, 2, strides=2, name="encoder")
-        self.decoder = keras.layers.Conv2DTranspose(3, 2, strides=2, name="decoder")
-        self.encoder.build((None, IMAGE_SIZE, IMAGE_SIZE, 3))
-        self.decoder.build((None, *LATENT_SHAPE))
-        self.built = True
-
-
 class Steps(keras.callbacks.Callback):
     """Knows the step, as `callbacks.Keeper` does, and keeps the weights before each."""
 
@@ -304,7 +291,7 @@ class Steps(keras.callbacks.Callback):
 def fitted(folder, steps, start=0, weights=None, tracked=True):
     """A trainer after some steps from `start` on, and its `Steps`."""
     keras.utils.set_random_seed(0)
-    trainer, keeper = VAETrainer(Light(), "mse", kl_weight=1e-2, micro_batches=1), Steps(start)
+    trainer, keeper = VAETrainer(LightVAE(), "mse", kl_weight=1e-2, micro_batches=1), Steps(start)
     trainer.compile(adamw(trainer.trained_variables, learning_rate=0.01, weight_decay=0.1, clip_norm=1.0))
     if weights:
         trainer.set_weights(weights)

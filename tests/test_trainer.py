@@ -26,6 +26,7 @@ from model.discriminator import PatchDiscriminator
 from model.vae import AutoencoderKL
 from optimizers import adamw, is_matrix, muon
 from tests.batches import IMAGE_SIZE, LATENT_SHAPE, distance, rates, tensors
+from tests.light_vae import LightVAE
 from trainer import Adversary, LatentDiffusionTrainer, VAETrainer, reconstruct
 
 STEPS, BATCH = 4, 8
@@ -126,19 +127,6 @@ def fit_diffusion(strategy, light_networks, micro_batches, optimizer=adamw):
     validation = validation_batches(*data, batch_size=4, seed=3, ids=range(5))
     training = latent_batches(*data, **stream, caption_dropout=0.3, times=tf.identity)
     return two_epochs(trainer, training, validation)._replace(averaged_before=averaged)
-
-
-class LightVAE(AutoencoderKL):
-    """An autoencoder with few variables."""
-
-    def __init__(self):
-        keras.Model.__init__(self, name="vae")
-        self.factor, self.skips = 2, False
-        self.encoder = keras.layers.Conv2D(4, 2, strides=2, name="encoder")
-        self.decoder = keras.layers.Conv2DTranspose(3, 2, strides=2, name="decoder")
-        self.encoder.build((None, IMAGE_SIZE, IMAGE_SIZE, 3))
-        self.decoder.build((None, *LATENT_SHAPE))
-        self.built = True
 
 
 KEPT_VAE_LOSSES = {"recon_loss": "mse", "kl_weight": 1e-2, "perceptual": distance, "perceptual_weight": 0.1}

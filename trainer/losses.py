@@ -10,6 +10,7 @@ import math
 from keras import ops
 
 from errors import InputError
+from model.vae import kl_divergence
 
 ERRORS = ("l1", "mse", "mix")
 KL_SCHEDULES = ("constant", "linear", "cosine", "cyclical")
@@ -88,11 +89,10 @@ def kl_factor(schedule, step, warmup_steps, cycles=4):
 def kl_by_channel(mean, logvar):
     """KL of N(mean, exp(logvar)) from N(0, 1), in nats a latent value: (B, h, w, C) both -> (B, C), means over places.
 
-    (mean^2 + exp(logvar) - 1 - logvar) / 2 (Kingma & Welling 2014, appendix B). Its mean over channels is
-    `model.vae.kl_divergence` divided by the number of a sample's latent values.
+    `model.vae.kl_divergence` of each latent value.
     """
     mean, logvar = _floats(mean, logvar)
-    return 0.5 * ops.mean(ops.square(mean) + ops.exp(logvar) - 1.0 - logvar, axis=(1, 2))
+    return ops.mean(kl_divergence(mean, logvar), axis=(1, 2))
 
 
 def free_bits(kl, least):
