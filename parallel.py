@@ -9,6 +9,7 @@ import os
 import tensorflow as tf
 
 PARTS = 2
+MOST_PLACES = 4 * 64 * 64  # of a part's pictures: more of them in one part need memory and save no time
 
 
 def cores():
@@ -21,9 +22,23 @@ def on_cpu():
     return not tf.config.get_visible_devices("GPU")
 
 
-def parts_of(batch_size, asked=None):
-    """How many parts a training batch of `batch_size` has: as asked, or two on a CPU where they come out even."""
-    return asked or (PARTS if on_cpu() and batch_size % PARTS == 0 else 1)
+def parts_of(batch_size, asked=None, places=1):
+    """How many equal parts a training batch has.
+
+    Args:
+        batch_size: rows of the batch.
+        asked: the answer, unless it is None.
+        places: height times width of a row.
+
+    Returns:
+        As asked; or 1 on GPUs; or on a CPU, where the batch can be cut so, the least multiple of `PARTS` whose parts
+        have no more than `MOST_PLACES`.
+    """
+    if asked or not on_cpu():
+        return asked or 1
+    even = [parts for parts in range(PARTS, batch_size + 1, PARTS) if batch_size % parts == 0]
+    small = [parts for parts in even if batch_size // parts * places <= MOST_PLACES]
+    return small[0] if small else max(even, default=1)
 
 
 def summed(function, batch, parts, zeros):
@@ -32,7 +47,7 @@ def summed(function, batch, parts, zeros):
     Args:
         function: rows -> a nest of tensors; it must not change variables.
         batch: dict of tensors (B, ...).
-        parts: how many; it must divide B. Without a GPU they are computed side by side, otherwise in turn.
+        parts: how many; it must divide B. Without a GPU `PARTS` at a time are computed side by side, otherwise one.
         zeros: what the sum begins with, of the structure and the shapes that `function` returns.
     """
     if parts == 1:
@@ -43,7 +58,7 @@ def summed(function, batch, parts, zeros):
         new = function({name: rows[part] for name, rows in cut.items()})
         return part + 1, tf.nest.map_structure(tf.add, total, new)
 
-    together = parts if on_cpu() else 1
+    together = PARTS if on_cpu() else 1
     return tf.while_loop(lambda part, _: part < parts, add, (0, zeros), parallel_iterations=together)[1]
 
 

@@ -1,4 +1,4 @@
-"""How long a training step of the default preset takes on a CPU: its batch whole on all cores, or in parts.
+"""How long a training step of the default preset takes on a CPU: its batch whole on all cores, or in 2 or 4 parts.
 
 python benchmarks/parts.py
 """
@@ -12,22 +12,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ROUNDS, STEPS = 3, 30
+WAYS = {"whole": 1, "2 parts": 2, "4 parts": 4}
 
 
 def main():
     """Alternates fresh processes, since threads are fixed by the first operation, and prints medians and ratios."""
     times = {}
     for _ in range(ROUNDS):
-        for way in ("whole", "parts"):
+        for way in WAYS:
             output = subprocess.run(
                 [sys.executable, __file__, way], check=True, capture_output=True, text=True
             ).stdout
             for line in output.splitlines():
                 network, seconds = line.split()
-                times.setdefault((network, way), []).append(float(seconds))
-    for network in ("autoencoder", "u-net"):
-        whole, parts = (statistics.median(times[network, way]) for way in ("whole", "parts"))
-        print(f"{network}: whole {whole:.4f} s, in parts {parts:.4f} s, ratio {parts / whole:.2f}")
+                times.setdefault(network, {}).setdefault(way, []).append(float(seconds))
+    for network, of_way in times.items():
+        medians = {way: statistics.median(seconds) for way, seconds in of_way.items()}
+        for way, seconds in medians.items():
+            print(f"{network}, {way}: {seconds:.4f} s, ratio {seconds / medians['whole']:.2f}")
 
 
 def one(way):
@@ -46,20 +48,20 @@ def one(way):
     from trainer import LatentDiffusionTrainer, VAETrainer
 
     config = Config()
-    if way == "parts":
-        stages.devices.strategy_on("none", {})
-    else:
+    if way == "whole":
         tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
-    micro_batches = 1 if way == "whole" else None
+    else:
+        stages.devices.strategy_on("none", {})
+    micro_batches = WAYS[way]
     vae, stage = make_vae(config), config.vae_training
     shape = vae.latent_shape(config.image_size)
     trainer = VAETrainer(
         vae,
         stage.recon_loss,
-        stage.kl_weight,
-        PerceptualDistance(stage.perceptual_depth),
-        stage.perceptual_weight,
-        micro_batches,
+        kl_weight=stage.kl_weight,
+        perceptual=PerceptualDistance(stage.perceptual_depth),
+        perceptual_weight=stage.perceptual_weight,
+        micro_batches=micro_batches,
     )
     pixels = tf.random.uniform((stage.batch_size, config.image_size, config.image_size, 3), -1, 1)
     batch = {"pixels": pixels, "posterior_noise": tf.random.normal((stage.batch_size, *shape))}

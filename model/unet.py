@@ -348,7 +348,7 @@ class _Table(NamedTuple):
         x = block(x, last._replace(attends=True), "mid_block", 0)
         x = block(x, last._replace(attends=False), "mid_block", 1)
         x = _up(x, skips, self.levels, self.blocks, block)
-        x = ops.silu(layer(GroupNorm, self.groups, 1e-5, name="conv_norm_out")(x))
+        x = layer(GroupNorm, self.groups, 1e-5, silu=True, name="conv_norm_out")(x)
         final = {"kernel_initializer": "zeros", "dtype": "float32"}
         return layer(conv3, self.latent_channels, name="conv_out", **final)(x)
 

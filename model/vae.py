@@ -86,7 +86,7 @@ class Encoder(_Half):
             if level < len(level_channels) - 1:
                 x = Downsample(channels, name=f"{name}.down_blocks.{level}.downsamplers.0")(x)
         x = _middle(x, level_channels[-1], groups, attention, name)
-        x = ops.silu(GroupNorm(groups, NORM_EPSILON, name=f"{name}.conv_norm_out")(x))
+        x = GroupNorm(groups, NORM_EPSILON, silu=True, name=f"{name}.conv_norm_out")(x)
         x = conv3(2 * latent_channels, f"{name}.conv_out")(x)
         moments = keras.layers.Conv2D(2 * latent_channels, 1, name="quant_conv")(x)
         super().__init__(pixels, [moments, *features] if skips else moments, name=name)
@@ -136,7 +136,7 @@ class Decoder(_Half):
             if level < len(table) - 1:
                 finer_channels, finer_blocks, _ = table[level + 1]
                 x = Upsample(channels if finer_blocks else finer_channels, name=f"{place}.upsamplers.0")(x)
-        x = ops.silu(GroupNorm(groups, NORM_EPSILON, name=f"{name}.conv_norm_out")(x))
+        x = GroupNorm(groups, NORM_EPSILON, silu=True, name=f"{name}.conv_norm_out")(x)
         pixels = conv3(3, f"{name}.conv_out")(x)
         if tanh:
             pixels = keras.layers.Activation("tanh", name=f"{name}.tanh")(pixels)

@@ -94,6 +94,14 @@ def test_group_norm_takes_statistics_in_float32():
     np.testing.assert_allclose(y, group_norm(x, 2, 1.0, 0.0), atol=5e-3)
 
 
+def test_group_norm_with_a_silu_is_numpys():
+    x = normal(2, 4, 3, 6)
+    layer = built(GroupNorm(3, silu=True), x)
+    np.testing.assert_allclose(
+        layer(x), silu(group_norm(x, 3, layer.gamma.numpy(), layer.beta.numpy())), **CLOSE
+    )
+
+
 def test_group_norm_refuses_channels_its_groups_do_not_divide():
     with pytest.raises(ValueError, match="divisible by 4. Received: 6"):
         GroupNorm(4)(normal(1, 2, 2, 6))
@@ -103,6 +111,12 @@ def test_group_norm_refuses_channels_its_groups_do_not_divide():
 
 NORMS = {
     "group": (lambda: GroupNorm(4, 1e-3), lambda: keras.layers.GroupNormalization(4, epsilon=1e-3)),
+    "group, silu": (
+        lambda: GroupNorm(4, 1e-3, silu=True),
+        lambda: keras.Sequential(
+            [keras.layers.GroupNormalization(4, epsilon=1e-3), keras.layers.Activation("silu")]
+        ),
+    ),
     "layer": (lambda: LayerNorm(1e-3), lambda: keras.layers.LayerNormalization(epsilon=1e-3)),
 }
 each_norm = pytest.mark.parametrize("norm", NORMS)

@@ -49,7 +49,7 @@ def test_a_batch_that_does_not_come_out_even_has_no_equal_parts():
 
 def test_parts_go_side_by_side_on_a_cpu():
     assert loops(lambda: added(2)) == [2]
-    assert loops(lambda: added(3)) == [3]
+    assert loops(lambda: added(3)) == [2]
     assert loops(lambda: added(1)) == []
 
 
@@ -90,6 +90,16 @@ def test_batches_have_two_parts_where_they_come_out_even():
     assert parallel.parts_of(64, 4) == 4
 
 
+def test_batches_of_large_pictures_have_more_parts():
+    side_64, side_256 = 64 * 64, 256 * 256
+    assert [parallel.parts_of(size, places=side_64) for size in (4, 8, 16, 24, 7)] == [2, 2, 4, 6, 1]
+    assert [parallel.parts_of(size, places=side_256) for size in (4, 6)] == [
+        4,
+        6,
+    ]  # a picture each, and no fewer
+    assert parallel.parts_of(16, 2, places=side_64) == 2
+
+
 def test_batches_stay_whole_on_a_gpu(a_gpu):
-    assert parallel.parts_of(64) == 1
+    assert parallel.parts_of(64, places=256 * 256) == 1
     assert parallel.parts_of(64, 4) == 4

@@ -178,6 +178,10 @@ class VAETrainer(Trainer):
         if self.ema_vae is not None:
             move_average(self.ema_vae.weights, self.vae.weights, self.ema, self.optimizer.iterations)
 
+    def _parts_of(self, batch):
+        batch_size, height, width, _ = batch["pixels"].shape
+        return parallel.parts_of(batch_size, self.micro_batches, height * width)
+
     # The adversarial step: both sides learn from one reconstruction.
 
     def adversarial_step(self, batch):
@@ -200,8 +204,11 @@ class VAETrainer(Trainer):
         return self._track({name: means[name] for name in self.trackers}, skip_bad=True)
 
     def _cut(self, batch):
-        """The parts of a batch. They are not rounds of a loop: between their two halves all of them meet."""
-        n = 1 if self.adversary.discriminator.takes_whole_batches else self._parts_of(batch)
+        """The parts of a batch. They are not rounds of a loop: between their two halves all of them meet.
+
+        So each has a graph of its own, and more of them save no memory.
+        """
+        n = 1 if self.adversary.discriminator.takes_whole_batches else super()._parts_of(batch)
         cut = {name: tf.split(rows, n) for name, rows in batch.items()}
         return [{name: rows[part] for name, rows in cut.items()} for part in range(n)]
 
