@@ -147,7 +147,7 @@ class AdversarialConfig:
 class TrainingConfig:
     """How the U-Net and the text encoder are trained (`trainer.LatentDiffusionTrainer`)."""
 
-    epochs: Annotated[int, tyro.conf.arg(prefix_name=False)] = 24  # rounds of `steps_per_epoch`
+    epochs: Annotated[int, tyro.conf.arg(prefix_name=False)] = 30  # rounds of `steps_per_epoch`
     steps_per_epoch: int | None = None  # None: one pass over the training pictures
     batch_size: Annotated[int, tyro.conf.arg(prefix_name=False)] = 64  # pictures a step, over all devices
     micro_batches: int | None = None  # parts of a batch with gradients added up; None: 2 on a CPU, 1 on GPUs
@@ -176,7 +176,7 @@ class EvaluationConfig:
     size: int = 224  # side that pictures are resized to for it; 75 or 299 for inception_v3
     weights: str | None = None  # local file of the feature network's weights
     images: int = 256  # pictures drawn each time KID is measured
-    every: int = 12  # epochs between two measurements; the first and the last are measured anyway
+    every: int = 15  # epochs between two measurements; the first and the last are measured anyway
     # how pictures are drawn: ddpm, ddim, euler, euler-ancestral, heun, dpmpp-2m, dpmpp-2m-sde, unipc or pndm
     sampler: str = "dpmpp-2m"
     spacing: str = "uniform"  # of the sampler's times: uniform, leading, trailing, karras or logsnr-uniform
