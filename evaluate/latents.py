@@ -13,6 +13,16 @@ COLUMNS = 8  # histograms a row
 LIVE_COLOUR, DEAD_COLOUR = "tab:blue", "tab:red"
 
 
+def latent_scale(mean, logvar):
+    """The mean and the standard deviation (C,) of the mixture of posteriors N(mean, exp(logvar)), (N, h, w, C) each.
+
+    In float64: sums of many million values would lose digits in float32.
+    """
+    everywhere = {"axis": (0, 1, 2), "dtype": "float64"}
+    variance = np.var(mean, **everywhere) + np.mean(np.exp(logvar), **everywhere)
+    return np.mean(mean, **everywhere), np.sqrt(variance)
+
+
 def latent_report(mean, logvar, latent_mean, latent_std, image_size, seed=0):
     """What the posteriors N(mean, exp(logvar)) of some pictures say about the latents, for JSON.
 
@@ -43,9 +53,10 @@ def latent_report(mean, logvar, latent_mean, latent_std, image_size, seed=0):
             f"latent_std {scales[1]}, expected (N, h, w, C) twice and (C,) twice"
         )
     rng = np.random.default_rng(seed)
+    raw, unit = np.stack(latent_scale(mean, logvar), -1), np.stack([latent_mean, latent_std], -1)
     channels = [
-        {"channel": k, **_channel(mean[..., k], logvar[..., k], latent_mean[k], latent_std[k], rng)}
-        for k in range(np.shape(mean)[-1])
+        {"channel": k, **_channel(mean[..., k], logvar[..., k], raw[k], unit[k], rng)}
+        for k in range(len(raw))
     ]
     nats = math.prod(np.shape(mean)[1:3]) * sum(channel["kl"] for channel in channels)
     return {
@@ -59,17 +70,21 @@ def latent_report(mean, logvar, latent_mean, latent_std, image_size, seed=0):
     }
 
 
-def _channel(mean, logvar, shift, scale, rng):
-    """One channel of the report; mean and logvar (N, h, w)."""
+def _channel(mean, logvar, raw, unit, rng):
+    """One channel of the report; mean and logvar (N, h, w).
+
+    Args:
+        raw: mean and deviation of the raw latents, see `latent_scale`.
+        unit: those that bring them to unit scale.
+    """
     mean, logvar = np.asarray(mean, "float64"), np.asarray(logvar, "float64")
     variance = np.exp(logvar)
     kl = 0.5 * np.mean(mean**2 + variance - 1.0 - logvar)
 
     # The mixture's central moments, by those of each Gaussian around the mixture's mean m: d = mean - m,
     # E (z - m)^2 = d^2 + v, E (z - m)^3 = d^3 + 3 d v, E (z - m)^4 = d^4 + 6 d^2 v + 3 v^2.
-    m = mean.mean()
-    d = mean - m
-    second = np.mean(d**2 + variance)
+    (m, deviation), (shift, scale) = raw, unit
+    d, second = mean - m, deviation**2
     third = np.mean(d**3 + 3.0 * d * variance)
     fourth = np.mean(d**4 + 6.0 * d**2 * variance + 3.0 * variance**2)
 
@@ -77,11 +92,11 @@ def _channel(mean, logvar, shift, scale, rng):
     counts = np.histogram(samples, EDGES)[0]
     numbers = {
         "mean": m,
-        "std": np.sqrt(second),
+        "std": deviation,
         "kl": kl,
         "signal": np.mean(d**2) / second,
         "unit_mean": (m - shift) / scale,
-        "unit_std": np.sqrt(second) / scale,
+        "unit_std": deviation / scale,
         "skewness": third / second**1.5,
         "kurtosis": fourth / second**2 - 3.0,
         "beyond": 1.0 - counts.sum() / samples.size,

@@ -17,6 +17,55 @@ MASKED_SCORE = -1e9
 SPREAD = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], "float32")
 
 
+class Statistics:
+    """What each `GroupNorm` sees that is called within it, or what it is to use in place of that.
+
+    with Statistics(shares, given) as statistics:
+        pixels = vae.decode(tile)
+    statistics.taken
+
+    So several tiles can be normalised as the picture is of which they are parts (`model.tiling`). No gradient is
+    written out for it. One at a time is open.
+
+    Args:
+        shares: (H, W), how much each place counts. Where a feature map is smaller, its places count the mean of theirs.
+        given: a (mean, variance) for each norm, (B, groups) each, in the order in which the norms are called; empty:
+            each uses what it sees.
+
+    Attributes:
+        taken: what each has seen, like `given`: means over the shares.
+    """
+
+    current = None
+
+    def __init__(self, shares, given=()):
+        self.shares, self.given, self.taken = shares, given, []
+
+    def __enter__(self):
+        Statistics.current = self
+        return self
+
+    def __exit__(self, *_):
+        Statistics.current = None
+
+    def of(self, x, groups):
+        """The mean and variance (B, groups) by which x (B, H, W, C) is to be normalised."""
+        _, height, width, channels = ops.shape(x)
+        values = ops.reshape(x, (-1, height * width, groups, channels // groups))
+        shares = ops.reshape(pooled(self.shares, height, width), (1, -1, 1, 1))
+        shares = shares / (ops.sum(shares) * (channels // groups))
+        mean = ops.sum(values * shares, axis=(1, 3))
+        centred = values - mean[:, None, :, None]
+        self.taken.append((mean, ops.sum(ops.square(centred) * shares, axis=(1, 3))))
+        return self.given[len(self.taken) - 1] if self.given else self.taken[-1]
+
+
+def pooled(values, height, width):
+    """Values (H, W) as means (height, width) over patches of one size."""
+    rows, columns = (long // short for long, short in zip(values.shape, (height, width), strict=True))
+    return ops.mean(ops.reshape(values, (height, rows, width, columns)), axis=(1, 3))
+
+
 class GroupNorm(keras.layers.Layer):
     """Group normalisation (Wu & He 2018), folded into one multiply and one add per element, and a SiLU if wanted.
 
@@ -48,8 +97,21 @@ class GroupNorm(keras.layers.Layer):
 
     def call(self, x):
         values, gamma, beta = (ops.cast(part, "float32") for part in (x, self.gamma, self.beta))
-        normalised = _group_normalised(self.groups, self.epsilon, self.silu)
-        return ops.cast(normalised(values, gamma, beta), self.compute_dtype)
+        if Statistics.current is None:
+            normal = _group_normalised(self.groups, self.epsilon, self.silu)(values, gamma, beta)
+        else:
+            normal = self._as_told(values, gamma, beta)
+        return ops.cast(normal, self.compute_dtype)
+
+    def _as_told(self, x, gamma, beta):
+        """x normalised by what `Statistics` says."""
+        size = x.shape[-1] // self.groups
+        mean, variance = (
+            ops.repeat(part, size, axis=-1)[:, None, None, :]
+            for part in Statistics.current.of(x, self.groups)
+        )
+        normal = (x - mean) * ops.rsqrt(variance + self.epsilon) * gamma + beta
+        return ops.silu(normal) if self.silu else normal
 
     def compute_output_shape(self, input_shape):
         return input_shape

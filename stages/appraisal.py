@@ -9,6 +9,7 @@ from callbacks import Measured
 from checkpoint import collect, named_variables
 from evaluate import prior_sheet, reconstruction_sheet
 from files import atomic_file
+from input_pipeline import to_pixels
 from metrics import KID, Estimate, mean_estimate, psnr, ssim
 from stages.guard import Guard
 from stages.progress import epochs_without, rate_scale
@@ -136,7 +137,7 @@ def distances(distance, images, rebuilt, batch_size=None):
 
     @tf.function(reduce_retracing=True, autograph=False)
     def of_batch(one, other):
-        return distance(*(tf.cast(images, "float32") / 127.5 - 1.0 for images in (one, other)))
+        return distance(*(to_pixels(images) for images in (one, other)))
 
     batch_size = batch_size or at_once(images.shape[1], most=16)
     starts = range(0, len(images), batch_size)

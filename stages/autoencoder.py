@@ -9,7 +9,7 @@ from callbacks import Keeper
 from checkpoint import RunFolder, assign, collect, named_variables
 from config import check_same
 from errors import InputError
-from evaluate import latent_report, plot_latents, plot_vae_curves
+from evaluate import latent_report, latent_scale, plot_latents, plot_vae_curves
 from generate import make_vae
 from model.discriminator import PatchDiscriminator
 from model.lpips import perceptual
@@ -164,15 +164,11 @@ def _take_over(vae, trainer, run, stage):
 def _measure_latents(config, run, data, vae):
     """Gives the autoencoder the scale of its latents, where it is to be measured, and writes the report of them."""
     mean, logvar = _moments(vae, data, config)
-    given, everywhere = (
-        config.vae.latent_scale,
-        {"axis": (0, 1, 2), "dtype": "float64"},
-    )  # of many million values
+    given = config.vae.latent_scale
     if given is not None:  # another run's autoencoder, with which this one began, may have had another
         vae.set_latent_statistics(np.zeros(mean.shape[-1]), np.full(mean.shape[-1], 1.0 / given))
     elif not config.vae_training.decoder_only:  # else its latents are those of before, scale and all
-        variance = mean.var(**everywhere) + np.exp(logvar).mean(**everywhere)
-        vae.set_latent_statistics(mean.mean(**everywhere), np.sqrt(variance))
+        vae.set_latent_statistics(*latent_scale(mean, logvar))
     scale = np.asarray(vae.latent_mean), np.asarray(vae.latent_std)
     report = latent_report(mean, logvar, *scale, config.image_size)
     run.write_json("latents.json", report)
@@ -190,6 +186,6 @@ def _moments(vae, data, config):
     raw_moments = tf.function(vae.raw_moments, autograph=False)
     parts = []
     for chunk in np.array_split(ids, max(1, len(ids) // at_once(config.image_size, most=64))):
-        pixels = data.whole(chunk, config.image_size).astype("float32") / 127.5 - 1.0
+        pixels = pipeline.to_pixels(data.whole(chunk, config.image_size))
         parts.append([np.asarray(part) for part in raw_moments(pixels)])
     return [np.concatenate(part) for part in zip(*parts, strict=True)]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from model.tiling import tiled_decode, tiled_encode
+from model.common import Statistics
+from model.tiling import measured, tiled_decode, tiled_encode
 from model.vae import AutoencoderKL
 
 FACTOR = 2
@@ -50,14 +51,14 @@ def vae():
 
 
 def recorded(function):
-    """The function, and the shapes that it will have been given."""
+    """The function, measured, and the shapes that it will have been given."""
     shapes = []
 
     def recording(values):
         shapes.append(tuple(values.shape[1:3]))
         return function(values)
 
-    return recording, shapes
+    return measured(recording), shapes
 
 
 @pytest.mark.parametrize("size", [(4, 4), (5, 4), (9, 7), (16, 3), (1, 23), (2, 2)])
@@ -85,10 +86,11 @@ def test_tiles_add_up_to_the_whole(placewise, size, overlap):
 def test_tiles_are_of_one_shape_and_few(placewise, size, count, shape):
     """A tile every 6 latents, of 8 by default overlap; smaller only where the picture is."""
     decode, decoded = recorded(enlarge)
-    tiled_decode(placewise, normal(1, *size, 4), tile=8, decode=decode)
+    tiled_decode(placewise, normal(1, *size, 4), tile=8, rounds=0, decode=decode)
     assert decoded == [shape] * count
     encode, encoded = recorded(reduce)
-    tiled_encode(placewise, normal(1, FACTOR * size[0], FACTOR * size[1], 3), tile=FACTOR * 8, encode=encode)
+    pixels = normal(1, FACTOR * size[0], FACTOR * size[1], 3)
+    tiled_encode(placewise, pixels, tile=FACTOR * 8, rounds=0, encode=encode)
     assert encoded == [(FACTOR * shape[0], FACTOR * shape[1])] * count
 
 
@@ -101,7 +103,7 @@ def test_tiles_fade_into_one_another_linearly(placewise, axis):
         return np.full((1, FACTOR * latents.shape[1], FACTOR * latents.shape[2], 3), next(values), "float32")
 
     shape = (1, 12, 4, 4) if axis == 1 else (1, 4, 12, 4)
-    pixels = tiled_decode(placewise, np.zeros(shape, "float32"), tile=8, decode=decode)
+    pixels = tiled_decode(placewise, np.zeros(shape, "float32"), tile=8, rounds=0, decode=measured(decode))
     profile = np.moveaxis(pixels, axis, 1)[:, :, 0, :]
     ramp = (np.arange(8) + 0.5) / 8  # two tiles of 16 pixels over 24
     expected = np.concatenate([np.zeros(8), ramp, np.ones(8)])
@@ -138,17 +140,79 @@ def test_overlaps_take_away_the_borders(vae):
     assert blended[:, :, 92:100].mean() < 0.5 * border
 
 
-def test_a_compiled_function_is_traced_once(vae):
+# Statistics of the whole picture
+
+
+def halves():
+    """Latents of which the left half is nearly even and the right one is not: each tile sees other statistics."""
+    latents = normal(1, 16, 40, 4)
+    latents[:, :, :20] = 0.1 * latents[:, :, :20] + np.float32([1.5, -1.0, 0.5, -0.5])
+    return latents
+
+
+def seam(vae, latents, rounds):
+    """The mean difference of two neighbouring tiles in the middle of what both have computed, of 255."""
+    made = []
+
+    def decode(*arguments):
+        pixels, taken = measured(vae.decode)(*arguments)
+        made.append(pixels.numpy())
+        return pixels, taken
+
+    tiled_decode(vae, latents, tile=32, overlap=24, rounds=rounds, decode=decode)
+    left, right = made[-2:]  # columns of latents 0 to 32 and 8 to 40, of 4 pixels each
+    return np.abs(left[:, :, 76:84] - right[:, :, 44:52]).mean() * 127.5
+
+
+def test_shared_statistics_take_away_the_seams(vae):
+    assert seam(vae, halves(), rounds=0) > 3
+    assert seam(vae, halves(), rounds=1) < 0.01
+    assert seam(vae, halves(), rounds=2) < 0.01
+
+
+def test_as_many_rounds_as_norms_are_the_whole(vae):
+    latents = halves()
+    whole = vae.decode(latents).numpy()
+    with Statistics(np.ones(whole.shape[1:3], "float32")) as statistics:
+        vae.decode(latents)
+
+    def difference(rounds):
+        return np.abs(tiled_decode(vae, latents, tile=24, rounds=rounds) - whole).mean() * 127.5
+
+    exact = difference(len(statistics.taken))
+    assert exact < 0.5 and exact < 0.2 * difference(0)
+    mean, _ = vae.encode(whole)
+    ours, _ = tiled_encode(vae, whole, tile=96, rounds=12)
+    assert np.abs(ours - mean).mean() < 0.03 * np.std(mean)
+
+
+def test_a_picture_with_its_own_statistics_is_as_it_was(vae):
+    latents, shares = halves(), np.ones((64, 160), "float32")
+    _, taken = measured(vae.decode)(latents, shares, ())
+    pixels, again = measured(vae.decode)(latents, shares, taken)
+    np.testing.assert_allclose(pixels, vae.decode(latents), atol=1e-5)
+    for one, other in zip(taken, again, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_failure_leaves_no_statistics_behind(vae):
+    with pytest.raises(ValueError, match="multiples"):
+        measured(vae.encode)(normal(1, 5, 5, 3), np.ones((5, 5), "float32"), ())
+    assert Statistics.current is None
+
+
+def test_a_compiled_function_is_traced_twice(vae):
+    """Without given statistics, and with them."""
     traced = []
 
     @tf.function(autograph=False)
-    def decode(latents):
+    def decode(latents, shares, given):
         traced.append(latents.shape)
-        return vae.decode(latents)
+        return measured(vae.decode)(latents, shares, given)
 
     latents = normal(1, 11, 14, 4)
     compiled = tiled_decode(vae, latents, tile=6, decode=decode)
-    assert len(traced) == 1
+    assert len(traced) == 2
     np.testing.assert_allclose(compiled, tiled_decode(vae, latents, tile=6), rtol=1e-4, atol=1e-5)
 
 

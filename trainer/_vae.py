@@ -9,6 +9,7 @@ from keras import ops
 
 import parallel
 from generate import noise_of, to_images
+from input_pipeline import to_pixels
 from trainer import losses
 from trainer._base import Trainer, copy, loss_scale, move_average, refused_if
 
@@ -313,8 +314,8 @@ def reconstruct(vae, images, batch_size=None):
     """Images uint8 (N, H, W, 3) through the autoencoder's posterior mean and back; `at_once` so many, or as asked."""
     batch_size, rebuilt = batch_size or at_once(images.shape[1]), np.empty_like(images)
     for start in range(0, len(images), batch_size):
-        pixels = images[start : start + batch_size].astype("float32") / 127.5 - 1.0
-        rebuilt[start : start + batch_size] = np.asarray(_there_and_back(vae, tf.constant(pixels)))
+        pixels = to_pixels(images[start : start + batch_size])
+        rebuilt[start : start + batch_size] = np.asarray(_there_and_back(vae, pixels))
     return rebuilt
 
 
