@@ -10,7 +10,7 @@ import pytest
 
 import config
 import cup3
-from benchmarks import guard, paper_flowers, recipe, runs, samplers, sampling
+from benchmarks import guard, paper_flowers, recipe, runs, samplers, sampling, tiles
 from benchmarks.paper_flowers import Options, main
 from diffusion.samplers import SAMPLERS
 from diffusion.schedule import Process
@@ -224,3 +224,31 @@ def test_rates_without_diffusers_are_refused(monkeypatch, capsys):
     assert sampling.main(sampling.Options()) == 2
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1 and "give `pip install -r requirements-oracle.txt` first" in printed
+
+
+def test_the_benchmark_of_tiles_tells_seams_from_tone(finished, capsys):
+    """Tiles that are normalised alike agree, and with as many rounds as norms they are nearly the whole picture."""
+    options = tiles.Options(run=str(finished[0]), side=384, tile=32, count=1)
+    assert tiles.main(options) == 0
+    table = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    rounds, seams, means = zip(*((int(row[0]), float(row[1]), float(row[2])) for row in table), strict=True)
+    assert rounds[:4] == (0, 1, 2, 3) and rounds[4] > 4
+    assert max(seams[1:]) < 0.1 * seams[0]
+    assert means[4] < 0.2 * means[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"side": 200}, "--side: received 200 with tiles of 16 latents, expected a multiple of "),
+        ({"side": 32}, "--side: received 32 with tiles of 16 latents, expected a multiple of "),
+        ({"tile": 15}, "--side: received 192 with tiles of 15 latents, expected a multiple of "),
+        ({"pictures": "nowhere"}, "--pictures: received nowhere, expected a folder with "),
+        ({"run": "nowhere"}, "nowhere"),
+    ],
+)
+def test_tiles_that_cannot_be_measured_are_refused(finished, capsys, options, line):
+    options = tiles.Options(**{"run": str(finished[0]), "side": 192, "tile": 16, "count": 1, **options})
+    assert tiles.main(options) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("tiles: ") and line in printed and printed.count("\n") == 1

@@ -5,6 +5,7 @@ import math
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from config import AdversarialConfig
 from model.discriminator import PatchDiscriminator
@@ -85,8 +86,15 @@ def test_logits_that_are_too_far_apart_halve_the_weight():
 # The guard.
 
 
-@pytest.fixture(scope="module")
-def trainer():
+@pytest.fixture(scope="module", params=[1, 2])
+def trainer(request, two_replicas):
+    """On one replica or two."""
+    strategy = {1: tf.distribute.get_strategy(), 2: two_replicas}[request.param]
+    with strategy.scope():
+        return made()
+
+
+def made():
     keras.utils.set_random_seed(2)
     vae = AutoencoderKL((4, 4), blocks=(0, 0), latent_channels=2, groups=2, attention=False)
     shape = {"channels": 4, "layers": 1, "norm": "batch", "spectral_norm": True}
@@ -116,7 +124,15 @@ def set_to(trainer, seed):
 
 
 def state(trainer):
-    return {name: np.asarray(variable).copy() for name, variable in all_kept(trainer).items()}
+    return {name: value_of(variable) for name, variable in all_kept(trainer).items()}
+
+
+def value_of(variable):
+    """Its value, which all replicas have."""
+    first, *others = (np.asarray(copy).copy() for copy in getattr(variable.value, "values", [variable.value]))
+    for other in others:
+        np.testing.assert_array_equal(other, first, err_msg=variable.path)
+    return first
 
 
 def assert_equal(one, other):
