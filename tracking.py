@@ -133,6 +133,14 @@ def first_nonfinite(trainer, batch):
     return None
 
 
+def first_nonfinite_output(networks, run):
+    """The first layer of networks by name whose output has NaN or Inf as `run()` calls them, or None."""
+    with _recorded(_layers_by_name(networks)) as calls:
+        run()
+    outputs = ((name, part) for name, output in _numbered(calls) for part in _floats(output))
+    return next((name for name, part in outputs if not np.all(np.isfinite(part))), None)
+
+
 class Measurer:
     """Measures what a step computes from a batch: one forward pass and one of gradients, in one graph.
 

@@ -7,7 +7,7 @@ from errors import InputError
 from evaluate import plot_tracked
 from files import atomic_file
 from optimizers import OPTIMIZERS, warmup_cosine
-from tracking import Tracker, first_nonfinite, read_tracked
+from tracking import Tracker, first_nonfinite, first_nonfinite_output, read_tracked
 
 
 def steps_an_epoch(stage, pictures):
@@ -85,18 +85,23 @@ def fit(trainer, keeper, batches_from, validation, track=0):
             plot_tracked(tracked, file)
 
 
-def _where_else(trainer):
+def _where_else(trainer, batch):
     """Which side it is, where the trainer's own losses are finite on the batch."""
     _, *others = trainer.optimizers_in_use
-    if any(skips_in_row(optimizer) for optimizer in others):
-        return "it is the discriminator's loss or gradient that is not finite"
-    return "the last of them is finite by itself"
+    if not any(skips_in_row(optimizer) for optimizer in others):
+        return "the last of them is finite by itself"
+    judge, pixels = trainer.adversary.discriminator, batch["pixels"]
+    layer = first_nonfinite_output(
+        {"discriminator": judge}, lambda: (judge(pixels), judge(trainer.vae(pixels)))
+    )
+    where = "its loss or gradient" if layer is None else f"the output of the layer {layer}"
+    return f"it is the discriminator: NaN or Inf appears first in {where}"
 
 
 def _where_it_diverged(trainer, keeper, batches_from, stop):
     """What to tell a user whose training has no finite gradients any more."""
     batch = next(iter(batches_from(stop.step - 1)))
-    where = first_nonfinite(trainer, batch) or _where_else(trainer)
+    where = first_nonfinite(trainer, batch) or _where_else(trainer, batch)
     saved = keeper.run.checkpoint_steps(keeper.stage)
     good = (
         f"the run keeps its last good checkpoint, of step {saved[-1]}" if saved else "nothing was saved yet"

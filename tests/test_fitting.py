@@ -1,10 +1,12 @@
 """One stage: stopped and resumed it equals one that was not, bit for bit."""
 
+import math
 import os
 import re
 import signal
 import sys
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -15,11 +17,13 @@ from config import EvaluationConfig
 from errors import InputError
 from input_pipeline import Latents, latent_batches, validation_batches
 from metrics import KID
+from model.discriminator import PatchDiscriminator
+from model.vae import AutoencoderKL
 from optimizers import adamw, warmup_cosine
 from stages.fitting import fit
 from stages.judgement import Judgement
 from tests.tiny_runs import EPOCHS, STEPS, assert_same, without_seconds
-from trainer import LatentDiffusionTrainer
+from trainer import Adversary, LatentDiffusionTrainer, VAETrainer
 
 
 class Colours:
@@ -240,6 +244,34 @@ def test_a_step_that_is_finite_again_when_it_is_looked_at_is_told_as_such(
         InputError, match="step 10, were not finite: the last of them is finite by itself; nothing"
     ):
         bad_work(trainer, tmp_path / "run", 30)
+
+
+@pytest.mark.parametrize(
+    ("broken", "place"),
+    [
+        ("kernel", "the output of the layer discriminator/discriminator.convs.1"),
+        (None, "its loss or gradient"),
+    ],
+)
+def test_a_discriminator_that_diverges_is_told_by_its_layer(tmp_path, broken, place):
+    keras.utils.set_random_seed(0)
+    vae = AutoencoderKL((4, 4), blocks=(0, 0), latent_channels=2, groups=2, attention=False)
+    adversary = Adversary(PatchDiscriminator(4, 1, groups=2), r1_weight=0.0 if broken else math.nan)
+    trainer = VAETrainer(vae, adversary=adversary)
+    judge = adversary.discriminator.trainable_variables
+    step = {"learning_rate": 1e-3, "weight_decay": 0.0, "clip_norm": 1.0}
+    trainer.compile(adamw(trainer.trained_variables, **step), adamw(judge, **step, name="disc_adamw"))
+    if broken:
+        kernel = adversary.discriminator.get_layer("discriminator.convs.1").kernel
+        kernel.assign(np.full(kernel.shape, np.nan))
+    batch = {"pixels": tf.ones((2, 16, 16, 3)), "posterior_noise": tf.zeros((2, 8, 8, 2))}
+    batches = tf.data.Dataset.from_tensors(batch).repeat()
+    validation = tf.data.Dataset.from_tensors({**batch, "weight": tf.ones(2)})
+    with RunFolder.open(tmp_path / "run", {"seed": 0}) as run, Signals() as signals:
+        with pytest.raises(
+            InputError, match=f"it is the discriminator: NaN or Inf appears first in {place}; "
+        ):
+            fit(trainer, Keeper(run, "vae", 12, signals, 1), lambda step: batches, validation)
 
 
 class Settled(StoppingKeeper):
