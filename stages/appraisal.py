@@ -68,8 +68,10 @@ class Appraisal:
         return stage.kl_weight * float(factor)
 
     def _save_sheets(self, epoch, rebuilt):
-        n, vae = self._stage.previews, self._trainer.averaged_vae
-        sheets = {"vae": reconstruction_sheet(self._held_out[:n], rebuilt[:n])}
+        vae, count = self._trainer.averaged_vae, len(rebuilt)
+        # Pictures often lie in order of their classes, so the first ones would be alike.
+        rows = np.linspace(0, count - 1, min(self._stage.previews, count)).astype(int)
+        sheets = {"vae": reconstruction_sheet(self._held_out[rows], rebuilt[rows])}
         if not vae.skips:  # which decode nothing but pictures
             sheets["vae_prior"] = prior_sheet(decode_noise(vae, PRIOR_SAMPLES, self._held_out.shape[1]))
         for name, sheet in sheets.items():
