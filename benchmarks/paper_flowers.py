@@ -3,7 +3,6 @@
 python benchmarks/paper_flowers.py --run runs/paper-flowers --json paper_flowers.json
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,11 @@ import numpy as np
 import pandas as pd
 import tyro
 
+from benchmarks.runs import tell
 from config import check_sampling
 from dataset.paper_flowers import HELD_OUT_PAIRS, captions, sample_flower
 from errors import InputError
 from evaluate import follows_captions
-from files import atomic_file
 from generate import Painter, drawing, load
 from input_pipeline import load_data, read_pictures
 from metrics import psnr
@@ -83,17 +82,8 @@ def measure(options):
 
 
 def main(options):
-    """Prints the figures and, if asked, writes them as JSON; returns the exit code, 2 for what the user gave."""
-    try:
-        report = json.dumps(measure(options), indent=2)
-        print(report)
-        if options.json:
-            with atomic_file(options.json) as file:
-                file.write(f"{report}\n".encode())
-    except InputError as error:
-        print(f"paper_flowers: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Tells the figures; returns the exit code, see `benchmarks.runs.tell`."""
+    return tell("paper_flowers", measure, options)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""What benchmarks that train whole runs share: a run by its command, and the rows of its log."""
+"""What benchmarks share: a run by its command with the rows of its log, and how figures are told."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+from errors import InputError
+from files import atomic_file
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,3 +24,21 @@ def rows_of(command, flags):
         words += [f"--{flag}", *map(str, values)]
     subprocess.run([sys.executable, ROOT / "cup3.py", *words], check=True, stdout=subprocess.DEVNULL)
     return [json.loads(line) for line in (Path(flags["run"]) / "log.jsonl").read_text().splitlines()]
+
+
+def tell(name, measure, options):
+    """Prints what `measure(options)` finds and, if asked, writes it as JSON, to `options.json`.
+
+    Returns:
+        The exit code: 2 and a line that begins with the benchmark's name for what the user gave, else 0.
+    """
+    try:
+        report = json.dumps(measure(options), indent=2)
+        print(report)
+        if options.json:
+            with atomic_file(options.json) as file:
+                file.write(f"{report}\n".encode())
+    except InputError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    return 0

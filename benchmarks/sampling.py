@@ -4,7 +4,6 @@ pip install -r requirements-oracle.txt
 python benchmarks/sampling.py --json sampling.json
 """
 
-import json
 import os
 import statistics
 import sys
@@ -20,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import parallel
+from benchmarks.runs import tell
 from errors import InputError
-from files import atomic_file
 
 GUIDANCE = 2.5
 SCALE = 0.2  # of latents that are shown as pixels, so that few are clipped
@@ -199,6 +198,7 @@ def measure(options):
 
     In each round each side draws once, diffusers with one thread and with one for each core; the faster counts.
     """
+    check(options)
     import stages.devices
 
     stages.devices.strategy_on("none", {})
@@ -237,18 +237,8 @@ def measure(options):
 
 
 def main(options):
-    """Prints the figures and, if asked, writes them as JSON; returns the exit code, 2 for what the user gave."""
-    try:
-        check(options)
-        report = json.dumps(measure(options), indent=2)
-        print(report)
-        if options.json:
-            with atomic_file(options.json) as file:
-                file.write(f"{report}\n".encode())
-    except InputError as error:
-        print(f"sampling: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Tells the figures; returns the exit code, see `benchmarks.runs.tell`."""
+    return tell("sampling", measure, options)
 
 
 if __name__ == "__main__":
