@@ -34,8 +34,8 @@ BETAS, EPSILON = (0.9, 0.99), 1e-7
 JUDGE = "discriminator"  # the first word of the paths of its variables
 FIRST_TOLERANCE = 1e-4  # relative, of each loss of the first step
 SECOND_TOLERANCE = 1e-2  # of those of the second, which has gone through all gradients and both optimizers
-# How many times the tolerance with a discriminator: a quotient of two gradients, which in float32 are themselves 1e-4 from the truth, and
-# the sum of all losses, in which the adversarial one has that weight and the other sign.
+# How many times the tolerance with a discriminator: a quotient of two gradients, which in float32 are themselves 1e-4
+# from the truth, and the sum of all losses, in which the adversarial one has that weight and the other sign.
 LENIENCE = {"adversarial_weight": 10, "loss": 10}
 
 
