@@ -31,8 +31,8 @@ def parts_of(batch_size, asked=None, places=1):
         places: height times width of a row.
 
     Returns:
-        As asked; or 1 on GPUs; or on a CPU, where the batch can be cut so, the least multiple of `PARTS` whose parts
-        have no more than `MOST_PLACES`.
+        As asked; or 1 on GPUs; or on a CPU the least multiple of `PARTS` whose parts have no more than `MOST_PLACES`,
+        or the largest that divides the batch where all have more; 1 where none divides it.
     """
     if asked or not on_cpu():
         return asked or 1

@@ -20,11 +20,9 @@ from config import from_dict
 from dataset import paper_flowers
 from errors import InputError
 from generate import make_vae
-from input_pipeline import read_pictures, to_pixels
-from model.common import Statistics
+from input_pipeline import load_data, read_pictures, to_pixels
+from model.common import GroupNormStatistics
 from model.tiling import measured, tiled_decode
-
-SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 @dataclass(frozen=True)
@@ -33,23 +31,19 @@ class Options:
 
     run: str = "runs/paper-flowers"  # folder of the run
     pictures: str | None = None  # folder of pictures; None: paper flowers, drawn for it
-    side: int = 512  # of the pictures in pixels, to which they are cut and resized
     tile: int = 32  # side of a tile in latents
+    overlap: int = 8  # of neighbouring tiles in latents
+    across: int = 2  # tiles along each side of a picture
     count: int = 4  # pictures
 
 
 def main(options):
     """Prints the table; returns the exit code, 2 for what the user gave."""
     try:
-        vae, pictures = read_vae(options.run), large_pictures(options)
-        step = vae.factor * options.tile // 2
-        if options.tile % 2 or options.side % step or options.side <= 2 * step:
-            raise InputError(
-                f"--side: received {options.side} with tiles of {options.tile} latents, expected a multiple of {step}, "
-                "half a tile, above a tile"
-            )
+        check(options)
+        vae = read_vae(options.run)
         print("| rounds | neighbours | whole picture | its worst pixel |\n|---|---|---|---|")
-        for rounds, (seam, mean, worst) in measure(vae, pictures, options.tile).items():
+        for rounds, (seam, mean, worst) in measure(vae, options).items():
             print(f"| {rounds} | {seam:.3f} | {mean:.2f} | {worst:.1f} |", flush=True)
     except InputError as error:
         print(f"tiles: {error}", file=sys.stderr)
@@ -57,45 +51,63 @@ def main(options):
     return 0
 
 
-def read_vae(run):
-    run = RunFolder.read(run)
-    vae = make_vae(from_dict(run.config))
-    assign(named_variables(vae), run.finished("vae").tensors, "vae", source=run.path)
+def check(options):
+    """Raises InputError for settings that cannot be."""
+    for name, least in (("tile", 2), ("across", 2), ("count", 1)):
+        if getattr(options, name) < least:
+            raise InputError(f"--{name}: received {getattr(options, name)}, expected at least {least}")
+    if options.overlap % 2 or not 2 <= options.overlap < options.tile:
+        raise InputError(
+            f"--overlap: received {options.overlap}, expected an even number from 2 on below --tile {options.tile}"
+        )
+
+
+def read_vae(folder):
+    """The autoencoder of a run."""
+    run = RunFolder.read(folder)
+    config, kept = from_dict(run.config), run.finished("vae")
+    if kept is None or config.vae.skips:
+        raise InputError(f"--run: received {folder}, expected one with a finished autoencoder without skips")
+    vae = make_vae(config)
+    assign(named_variables(vae), kept.tensors, "vae", source=run.path)
     return vae
 
 
-def large_pictures(options):
+def large_pictures(options, side):
     """Pixels (N, side, side, 3) in -1..1."""
     with tempfile.TemporaryDirectory() as drawn:
         folder = options.pictures or Path(drawn) / "flowers"
         if options.pictures is None:
-            paper_flowers.write(folder, train=options.count, test=1, size=options.side, progress=False)
-        paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
-        if not paths:
-            raise InputError(f"--pictures: received {folder}, expected a folder with {', '.join(SUFFIXES)}")
-        return to_pixels(read_pictures(paths[: options.count], options.side, progress=False))
+            size = min(side, paper_flowers.LARGEST_SIZE)
+            paper_flowers.write(folder, train=options.count, test=1, size=size, progress=False)
+        paths = load_data(folder, "none").paths[: options.count]
+        return to_pixels(read_pictures(paths, side, progress=False))
 
 
-def measure(vae, pictures, tile):
-    """(Disagreement of neighbours, mean difference from the whole, largest difference), of 255, by rounds."""
+def measure(vae, options):
+    """(Disagreement of neighbours, mean difference from the whole, that of its worst pixel), of 255, by rounds.
+
+    Each is the mean over all pictures.
+    """
+    side = vae.factor * (options.tile + (options.across - 1) * (options.tile - options.overlap))
     encode, decode = tf.function(vae.encode), tf.function(measured(vae.decode))
     found = {}
-    for picture in np.asarray(pictures):
+    for picture in np.asarray(large_pictures(options, side)):
         latents = encode(picture[None])[0].numpy()
-        whole = tf.function(vae.decode)(latents).numpy()
-        with Statistics(np.ones(whole.shape[1:3], "float32")) as statistics:
+        whole = vae.decode(latents).numpy()
+        with GroupNormStatistics(np.ones(whole.shape[1:3], "float32")) as statistics:
             vae.decode(latents)
         for rounds in (0, 1, 2, 3, len(statistics.taken)):
-            seam, tiled = seams(latents, tile, rounds, decode, vae)
+            seam, tiled = seams(latents, options, rounds, decode, vae)
             difference = np.abs(tiled - whole)
             found.setdefault(rounds, []).append((seam, difference.mean(), difference.max()))
     return {rounds: 127.5 * np.mean(rows, axis=0) for rounds, rows in found.items()}
 
 
-def seams(latents, tile, rounds, decode, vae):
+def seams(latents, options, rounds, decode, vae):
     """How far the first two tiles disagree where both count alike, and the pixels of all tiles together.
 
-    That is in the middle of the half that they share, over the width of a latent to either side.
+    That is in the middle of what they share, over the width of a latent to either side.
     """
     made = []
 
@@ -104,13 +116,11 @@ def seams(latents, tile, rounds, decode, vae):
         made.append(pixels.numpy())
         return pixels, taken
 
-    tiled = tiled_decode(vae, latents, tile, overlap=tile // 2, rounds=rounds, decode=keeping)
-    left, right = made[len(made) * rounds // (rounds + 1) :][:2]
-    quarter = vae.factor * tile // 4
-    from_left, from_right = (
-        pixels[:, :, at - vae.factor : at + vae.factor]
-        for pixels, at in ((left, 3 * quarter), (right, quarter))
-    )
+    tiled = tiled_decode(vae, latents, options.tile, options.overlap, rounds, keeping)
+    left, right = made[-(options.across**2) :][:2]
+    middle = vae.factor * options.overlap // 2
+    from_left = left[:, :, left.shape[2] - middle - vae.factor :][:, :, : 2 * vae.factor]
+    from_right = right[:, :, middle - vae.factor :][:, :, : 2 * vae.factor]
     return np.abs(from_left - from_right).mean(), tiled
 
 

@@ -84,7 +84,7 @@ class VAETrainingConfig:
     epochs: int = 4  # rounds of `steps_per_epoch`
     steps_per_epoch: int | None = 250  # None: one pass over the training pictures
     batch_size: int = 8  # pictures a step, over all devices
-    micro_batches: int | None = None  # parts of a batch with gradients added up; None: 2 on a CPU, 1 on GPUs
+    micro_batches: int | None = None  # parts of a batch with gradients added up; None: 2 or more on a CPU
     optimizer: str = "muon"  # adamw or muon; their learning rates differ
     learning_rate: float = 4e-3  # peak of the schedule; for adamw about 1e-3
     warmup_steps: int = 100  # of the linear warm-up, before the schedule

@@ -5,6 +5,7 @@ process; the names are those of the Stable Diffusion family (`resnets`, `to_q`, 
 weights know.
 """
 
+import contextvars
 import functools
 import math
 
@@ -14,55 +15,70 @@ from keras import ops
 
 MASKED_SCORE = -1e9
 # What a pixel, repeated, adds to the four places around it through the three weights of a convolution.
-SPREAD = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], "float32")
+REPEATED = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], "float32")
 
 
-class Statistics:
+class GroupNormStatistics:
     """What each `GroupNorm` sees that is called within it, or what it is to use in place of that.
 
-    with Statistics(shares, given) as statistics:
+    with GroupNormStatistics(weights, given) as statistics:
         pixels = vae.decode(tile)
     statistics.taken
 
     So several tiles can be normalised as the picture is of which they are parts (`model.tiling`). No gradient is
-    written out for it. One at a time is open.
+    written out for it. A function that was compiled before knows nothing of it: compile what is around it.
 
     Args:
-        shares: (H, W), how much each place counts. Where a feature map is smaller, its places count the mean of theirs.
+        weights: (H, W), how much each place counts; where a feature map is smaller, its places count their mean.
         given: a (mean, variance) for each norm, (B, groups) each, in the order in which the norms are called; empty:
             each uses what it sees.
 
     Attributes:
-        taken: what each has seen, like `given`: means over the shares.
+        taken: what each has seen, like `given`: means over the weights.
+
+    Raises:
+        RuntimeError: within another one; or when norms were called more or less often than `given` has entries.
     """
 
-    current = None
+    _open = contextvars.ContextVar("group_norm_statistics", default=None)
 
-    def __init__(self, shares, given=()):
-        self.shares, self.given, self.taken = shares, given, []
+    def __init__(self, weights, given=()):
+        self.weights, self.given, self.taken = weights, given, []
+
+    @classmethod
+    def current(cls):
+        """The one that is open in this thread, or None."""
+        return cls._open.get()
 
     def __enter__(self):
-        Statistics.current = self
+        if self.current() is not None:
+            raise RuntimeError("GroupNormStatistics: one is open already")
+        self._token = self._open.set(self)
         return self
 
-    def __exit__(self, *_):
-        Statistics.current = None
+    def __exit__(self, error, *_):
+        self._open.reset(self._token)
+        if error is None and self.given and len(self.given) != len(self.taken):
+            raise RuntimeError(
+                f"GroupNormStatistics: {len(self.taken)} norms were called. Received: {len(self.given)} entries"
+            )
 
     def of(self, x, groups):
         """The mean and variance (B, groups) by which x (B, H, W, C) is to be normalised."""
         _, height, width, channels = ops.shape(x)
         values = ops.reshape(x, (-1, height * width, groups, channels // groups))
-        shares = ops.reshape(pooled(self.shares, height, width), (1, -1, 1, 1))
-        shares = shares / (ops.sum(shares) * (channels // groups))
-        mean = ops.sum(values * shares, axis=(1, 3))
+        weights = ops.reshape(pooled(self.weights, height, width), (1, -1, 1, 1))
+        weights = weights / (ops.sum(weights) * (channels // groups))
+        mean = ops.sum(values * weights, axis=(1, 3))
         centred = values - mean[:, None, :, None]
-        self.taken.append((mean, ops.sum(ops.square(centred) * shares, axis=(1, 3))))
-        return self.given[len(self.taken) - 1] if self.given else self.taken[-1]
+        self.taken.append((mean, ops.sum(ops.square(centred) * weights, axis=(1, 3))))
+        # Of too few entries the end tells, with both numbers.
+        return (self.given or self.taken)[min(len(self.taken), len(self.given or self.taken)) - 1]
 
 
 def pooled(values, height, width):
     """Values (H, W) as means (height, width) over patches of one size."""
-    rows, columns = (long // short for long, short in zip(values.shape, (height, width), strict=True))
+    rows, columns = (long // short for long, short in zip(ops.shape(values), (height, width), strict=True))
     return ops.mean(ops.reshape(values, (height, rows, width, columns)), axis=(1, 3))
 
 
@@ -92,25 +108,26 @@ class GroupNorm(keras.layers.Layer):
         channels = input_shape[-1]
         if channels % self.groups:
             raise ValueError(f"GroupNorm needs channels divisible by {self.groups}. Received: {channels}")
-        self.gamma = self.add_weight(shape=(channels,), initializer="ones", name="gamma")
-        self.beta = self.add_weight(shape=(channels,), initializer="zeros", name="beta")
+        own = {"shape": (channels,), "autocast": False}
+        self.gamma = self.add_weight(**own, initializer="ones", name="gamma")
+        self.beta = self.add_weight(**own, initializer="zeros", name="beta")
 
     def call(self, x):
         values, gamma, beta = (ops.cast(part, "float32") for part in (x, self.gamma, self.beta))
-        if Statistics.current is None:
+        if GroupNormStatistics.current() is None:
             normal = _group_normalised(self.groups, self.epsilon, self.silu)(values, gamma, beta)
         else:
             normal = self._as_told(values, gamma, beta)
         return ops.cast(normal, self.compute_dtype)
 
     def _as_told(self, x, gamma, beta):
-        """x normalised by what `Statistics` says."""
+        """x normalised by what `GroupNormStatistics` says."""
         size = x.shape[-1] // self.groups
         mean, variance = (
             ops.repeat(part, size, axis=-1)[:, None, None, :]
-            for part in Statistics.current.of(x, self.groups)
+            for part in GroupNormStatistics.current().of(x, self.groups)
         )
-        normal = (x - mean) * ops.rsqrt(variance + self.epsilon) * gamma + beta
+        normal = (x - mean) * (ops.rsqrt(variance + self.epsilon) * gamma) + beta
         return ops.silu(normal) if self.silu else normal
 
     def compute_output_shape(self, input_shape):
@@ -145,13 +162,13 @@ def _group_normalised(groups, epsilon, silu):
         inverse = ops.rsqrt(over_group(ops.sum(ops.square(centred), axis=(1, 2))) + epsilon)  # (B, C)
         scale = inverse * gamma
         normal = centred * spread(scale) + beta
-        result = normal * ops.sigmoid(normal) if silu else normal
 
         def gradient(upstream):
             if silu:
                 # What the SiLU was given is made anew: to keep it costs more memory than time is saved.
-                share = ops.sigmoid(centred * spread(scale) + beta)
-                upstream = upstream * (result + share * (1.0 - result))
+                normal = centred * spread(scale) + beta
+                gate = ops.sigmoid(normal)
+                upstream = upstream * gate * (1.0 + normal * (1.0 - gate))
             given = ops.sum(upstream, axis=(1, 2))  # (B, C)
             along = ops.sum(upstream * centred, axis=(1, 2))
             # d centred and d inverse, brought back to x through the group's mean and variance
@@ -160,7 +177,7 @@ def _group_normalised(groups, epsilon, silu):
             back = upstream * spread(scale) - centred * spread(slope) - spread(shift)
             return back, ops.sum(along * inverse, axis=0), ops.sum(given, axis=0)
 
-        return result, gradient
+        return normal * ops.sigmoid(normal) if silu else normal, gradient
 
     return normalised
 
@@ -179,8 +196,9 @@ class LayerNorm(keras.layers.Layer):
         self.epsilon = epsilon
 
     def build(self, input_shape):
-        self.gamma = self.add_weight(shape=input_shape[-1:], initializer="ones", name="gamma")
-        self.beta = self.add_weight(shape=input_shape[-1:], initializer="zeros", name="beta")
+        own = {"shape": input_shape[-1:], "autocast": False}
+        self.gamma = self.add_weight(**own, initializer="ones", name="gamma")
+        self.beta = self.add_weight(**own, initializer="zeros", name="beta")
 
     def call(self, x):
         values, gamma, beta = (ops.cast(part, "float32") for part in (x, self.gamma, self.beta))
@@ -340,6 +358,22 @@ def flatten_places(x):
     return ops.reshape(x, (-1, height * width, channels))
 
 
+class _Conv3Weights(keras.layers.Layer):
+    """The weights of a 3x3 convolution, in float32 whatever the layer around them computes in."""
+
+    def __init__(self, channels, **kwargs):
+        super().__init__(**kwargs)
+        self.channels = channels
+        self._initializer = keras.initializers.GlorotUniform()
+
+    def build(self, input_shape):
+        shape = (3, 3, input_shape[-1], self.channels)
+        self.kernel = self.add_weight(
+            shape=shape, initializer=self._initializer, autocast=False, name="kernel"
+        )
+        self.bias = self.add_weight(shape=shape[-1:], initializer="zeros", autocast=False, name="bias")
+
+
 class Upsample(keras.layers.Layer):
     """Doubles height and width by repeating pixels, then convolves 3x3.
 
@@ -355,17 +389,17 @@ class Upsample(keras.layers.Layer):
     def __init__(self, channels, **kwargs):
         super().__init__(**kwargs)
         self.channels = channels
-        self.conv = conv3(channels, "conv", dtype=self.dtype_policy)
+        self.conv = _Conv3Weights(channels, name="conv", dtype=self.dtype_policy)
 
     def build(self, input_shape):
         self.conv.build(input_shape)
 
     def call(self, x):
         # a, b places of the 4x4 kernel, m, n of the 3x3 one, i channels in, o out
-        kernel = ops.einsum("am,bn,mnio->aboi", SPREAD, SPREAD, ops.cast(self.conv.kernel, "float32"))
+        kernel = ops.einsum("am,bn,mnio->aboi", REPEATED, REPEATED, self.conv.kernel)
         kernel = ops.cast(kernel, self.compute_dtype)
-        spread = ops.conv_transpose(ops.cast(x, self.compute_dtype), kernel, strides=2, padding="same")
-        return spread + ops.cast(self.conv.bias, self.compute_dtype)
+        doubled = ops.conv_transpose(ops.cast(x, self.compute_dtype), kernel, strides=2, padding="same")
+        return doubled + ops.cast(self.conv.bias, self.compute_dtype)
 
     def compute_output_shape(self, input_shape):
         batch, height, width, _ = input_shape

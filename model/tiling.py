@@ -1,17 +1,18 @@
 """Encodes and decodes pictures of any size in the memory of one tile.
 
-The tiles overlap and are blended by linear ramps, which hide that each is padded with zeros at its borders. The
-autoencoder normalises by means and variances over a picture (`model.common.GroupNorm`), which a tile alone cannot know;
-so tiles are first only measured, and normalised by the statistics of all of them together. What remains of the
-difference from the whole picture is that attention, if there is any, looks around within a tile.
+The autoencoder normalises by means and variances over a picture (`model.common.GroupNorm`), which a tile alone cannot
+know; so tiles are first only measured, and then normalised by the statistics of all of them together. What remains of
+the difference from the whole picture: each tile is padded with zeros at its borders, which linear ramps over the
+overlaps blend away as far as those are wide; and attention, if there is any, looks around within a tile.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from keras import ops
 
-from model.common import Statistics, pooled
+from model.common import GroupNormStatistics, pooled
 
 ROUNDS = 2
 
@@ -28,8 +29,8 @@ def tiled_encode(vae, pixels, tile=512, overlap=None, rounds=ROUNDS, encode=None
         tile: side of a tile in pixels; a picture that is smaller has tiles as small as itself.
         overlap: of neighbouring tiles in pixels, at least; None is a quarter of a tile.
         rounds: how often all tiles are measured before they are computed, which takes as long each time; 0 normalises
-            each by itself. The first norm is exact after one round, the next after two; `ROUNDS` are nearly
-            enough for all.
+            each by itself. After one round neighbours are normalised alike; the picture's tone is exact after as
+            many as there are norms, and after `ROUNDS` near it (`benchmarks/tiles.py`).
         encode: the function that encodes a tile, such as `tf.function(measured(vae.encode))`; None is
             `measured(vae.encode)`.
 
@@ -37,7 +38,8 @@ def tiled_encode(vae, pixels, tile=512, overlap=None, rounds=ROUNDS, encode=None
         Mean and log-variance, numpy (B, h, w, C) each.
 
     Raises:
-        ValueError: sizes that are not multiples of the factor, or an overlap that is not smaller than a tile.
+        ValueError: sizes that are not multiples of the factor, an overlap that is not smaller than a tile, or `rounds`
+            below 0.
     """
     factor, encode = vae.factor, encode or measured(vae.encode)
     _, height, width, _ = pixels.shape
@@ -46,15 +48,15 @@ def tiled_encode(vae, pixels, tile=512, overlap=None, rounds=ROUNDS, encode=None
         received = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise ValueError(f"tiled_encode: received {received}, expected multiples of {factor}")
 
-    def moments_of(rows, columns, shares, given):
+    def moments_of(rows, columns, weights, given):
         (mean, logvar), taken = encode(
-            pixels[:, _scaled(rows, factor), _scaled(columns, factor)], shares, given
+            pixels[:, _scaled(rows, factor), _scaled(columns, factor)], weights, given
         )
         return ops.concatenate([mean, logvar], axis=-1), taken
 
     latent_overlap = None if overlap is None else overlap // factor
-    places = _places(height // factor, width // factor, tile // factor, latent_overlap, factor)
-    return tuple(np.split(_blended(moments_of, places, rounds, scale=1), 2, axis=-1))
+    grid = _grid(height // factor, width // factor, tile // factor, latent_overlap, factor)
+    return tuple(np.split(_blended(moments_of, grid, rounds, scale=1), 2, axis=-1))
 
 
 def tiled_decode(vae, latents, tile=64, overlap=None, rounds=ROUNDS, decode=None):
@@ -72,68 +74,75 @@ def tiled_decode(vae, latents, tile=64, overlap=None, rounds=ROUNDS, decode=None
         Pixels, numpy (B, H, W, 3) in -1..1.
 
     Raises:
-        ValueError: an overlap that is not smaller than a tile, or an autoencoder with skip connections.
+        ValueError: an overlap that is not smaller than a tile, `rounds` below 0, or an autoencoder with skip
+            connections.
     """
     decode = decode or measured(vae.decode)
     _, height, width, _ = latents.shape
 
-    def pixels_of(rows, columns, shares, given):
-        return decode(latents[:, rows, columns], shares, given)
+    def pixels_of(rows, columns, weights, given):
+        return decode(latents[:, rows, columns], weights, given)
 
-    places = _places(height, width, tile, overlap, vae.factor)
-    return _blended(pixels_of, places, rounds, scale=vae.factor)
+    return _blended(pixels_of, _grid(height, width, tile, overlap, vae.factor), rounds, scale=vae.factor)
 
 
 def measured(function):
     """A function of a tile that also measures what its norms see.
 
     Args:
-        function: such as `vae.decode`.
+        function: such as `vae.decode`, not compiled: compile what comes out.
 
     Returns:
-        (values, shares (H, W), given) -> (function(values), what `model.common.Statistics` has taken), where `given` is
-        empty or such a list. With shares of None nothing is taken or given.
+        (values, weights (H, W), given) -> (function(values), what `model.common.GroupNormStatistics` has taken), where
+        `given` is empty or such a list. With weights of None nothing is taken or given.
     """
 
-    def measuring(values, shares, given):
-        if shares is None:
+    def measuring(values, weights, given):
+        if weights is None:
             return function(values), []
-        with Statistics(shares, given) as statistics:
+        with GroupNormStatistics(weights, given) as statistics:
             result = function(values)
         return result, statistics.taken
 
     return measuring
 
 
-def _blended(compute, places, rounds, scale):
+def _blended(compute, grid, rounds, scale):
     """The outcome of `compute` of every tile as one array (B, H, W, channels).
 
     Args:
-        compute: (rows, columns, shares, given) -> the outcome (B, t, t, channels), and what was taken, see `measured`.
-        places: of the tiles, from `_places`.
+        compute: (rows, columns, weights, given) -> the outcome (B, t, t, channels), and what was taken, see `measured`.
+        grid: the tiles, from `_grid`.
         rounds: how often they are measured before.
         scale: pixels of the outcome a latent, along a side.
     """
-    if len(places) == 1:
-        rows, columns, _ = places[0]
-        return ops.convert_to_numpy(compute(rows, columns, None, ())[0])
+    if rounds < 0:
+        raise ValueError(f"tiles: received {rounds} rounds, expected 0 or more")
+    if len(grid) == 1:
+        return ops.convert_to_numpy(compute(grid[0].rows, grid[0].columns, None, ())[0])
     given = ()
     for _ in range(rounds):
-        given = _together([compute(*place, given)[1] for place in places], [place[2] for place in places])
-    whole, (last_rows, last_columns, _) = None, places[-1]
-    for rows, columns, shares in places:
-        part = ops.convert_to_numpy(compute(rows, columns, shares, given)[0])
+        given = _together([compute(tile.rows, tile.columns, tile.weights, given)[1] for tile in grid], grid)
+    size = scale * grid[-1].rows.stop, scale * grid[-1].columns.stop
+    whole = None
+    for tile in grid:
+        part = ops.convert_to_numpy(compute(tile.rows, tile.columns, tile.weights, given)[0])
         if whole is None:
-            size = scale * last_rows.stop, scale * last_columns.stop
             whole = np.zeros((len(part), *size, part.shape[-1]), "float32")
-        own = ops.convert_to_numpy(pooled(shares, *part.shape[1:3]))
-        whole[:, _scaled(rows, scale), _scaled(columns, scale)] += own[..., None] * part
+        weights = ops.convert_to_numpy(pooled(tile.weights, *part.shape[1:3]))
+        whole[:, _scaled(tile.rows, scale), _scaled(tile.columns, scale)] += weights[..., None] * part
     return whole
 
 
-def _together(taken, shares):
-    """The means and variances over all tiles of each norm, from those of each tile and its shares."""
-    weights = np.array([np.sum(part, dtype="float64") for part in shares])
+def _together(taken, grid):
+    """The means and variances over all tiles of each norm, from those of each tile.
+
+    Raises:
+        ValueError: the function that computes a tile does not measure it.
+    """
+    if len({len(of_tile) for of_tile in taken}) != 1:
+        raise ValueError("tiles: some were measured and others not; compile measured(function), not function")
+    weights = np.array([np.sum(tile.weights, dtype="float64") for tile in grid])
     weights = (weights / weights.sum())[:, None, None]
     statistics = []
     for of_norm in zip(*taken, strict=True):
@@ -147,8 +156,22 @@ def _together(taken, shares):
     return statistics
 
 
-def _places(height, width, tile, overlap, factor):
-    """The tiles: rows and columns of each, slices of latents, and the shares of its pixels (H, W), 1 in all."""
+class _Tile(NamedTuple):
+    """A tile: slices of latents, and how much its pixels count along either side, 1 in all tiles together."""
+
+    rows: slice
+    columns: slice
+    row_shares: np.ndarray
+    column_shares: np.ndarray
+
+    @property
+    def weights(self):
+        """Of its pixels, (H, W)."""
+        return self.row_shares[:, None] * self.column_shares
+
+
+def _grid(height, width, tile, overlap, factor):
+    """The tiles of a picture of latents, row by row."""
     overlap = tile // 4 if overlap is None else overlap
     if not 0 <= overlap < tile:
         raise ValueError(
@@ -156,7 +179,7 @@ def _places(height, width, tile, overlap, factor):
             "0 <= overlap < tile"
         )
     return [
-        (rows, columns, row_shares[:, None] * column_shares)
+        _Tile(rows, columns, row_shares, column_shares)
         for rows, row_shares in _tiles(height, tile, overlap, factor)
         for columns, column_shares in _tiles(width, tile, overlap, factor)
     ]

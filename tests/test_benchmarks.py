@@ -228,7 +228,7 @@ def test_rates_without_diffusers_are_refused(monkeypatch, capsys):
 
 def test_the_benchmark_of_tiles_tells_seams_from_tone(finished, capsys):
     """Tiles that are normalised alike agree, and with as many rounds as norms they are nearly the whole picture."""
-    options = tiles.Options(run=str(finished[0]), side=384, tile=32, count=1)
+    options = tiles.Options(run=str(finished[0]), tile=32, overlap=16, count=1)
     assert tiles.main(options) == 0
     table = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     rounds, seams, means = zip(*((int(row[0]), float(row[1]), float(row[2])) for row in table), strict=True)
@@ -240,15 +240,19 @@ def test_the_benchmark_of_tiles_tells_seams_from_tone(finished, capsys):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"side": 200}, "--side: received 200 with tiles of 16 latents, expected a multiple of "),
-        ({"side": 32}, "--side: received 32 with tiles of 16 latents, expected a multiple of "),
-        ({"tile": 15}, "--side: received 192 with tiles of 15 latents, expected a multiple of "),
-        ({"pictures": "nowhere"}, "--pictures: received nowhere, expected a folder with "),
+        ({"tile": 0}, "--tile: received 0, expected at least 2"),
+        ({"across": 1}, "--across: received 1, expected at least 2"),
+        (
+            {"overlap": 8, "tile": 8},
+            "--overlap: received 8, expected an even number from 2 on below --tile 8",
+        ),
+        ({"overlap": 3}, "--overlap: received 3, expected an even number"),
+        ({"pictures": "nowhere"}, "nowhere"),
         ({"run": "nowhere"}, "nowhere"),
     ],
 )
 def test_tiles_that_cannot_be_measured_are_refused(finished, capsys, options, line):
-    options = tiles.Options(**{"run": str(finished[0]), "side": 192, "tile": 16, "count": 1, **options})
+    options = tiles.Options(**{"run": str(finished[0]), "tile": 16, "count": 1, **options})
     assert tiles.main(options) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("tiles: ") and line in printed and printed.count("\n") == 1

@@ -102,6 +102,23 @@ def test_group_norm_with_a_silu_is_numpys():
     )
 
 
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_weights_are_not_rounded_before_they_are_used(policy):
+    """In 16 bits only what a layer returns is rounded: norms and kernels are computed in 32."""
+    x, unit = normal(1, 4, 4, 8), {"mixed_float16": 2**-11, "mixed_bfloat16": 2**-8}[policy]
+    whole = GroupNorm(2, silu=True), LayerNorm(), Upsample(8)
+    for exact in whole:
+        built(exact, x)
+        rounded = type(exact).from_config({**exact.get_config(), "dtype": policy})
+        rounded.build(x.shape)
+        for variable, own in zip(rounded.variables, exact.variables, strict=True):
+            variable.assign(own)
+        assert rounded.compute_dtype == policy.removeprefix("mixed_")
+        difference = np.abs(np.asarray(tf.cast(rounded(x), "float32")) - np.asarray(exact(x)))
+        rows = 1 if exact is not whole[-1] else 16  # sums of products are rounded where they are computed
+        assert difference.max() <= rows * 1.5 * unit * np.abs(exact(x)).max()
+
+
 def test_group_norm_refuses_channels_its_groups_do_not_divide():
     with pytest.raises(ValueError, match="divisible by 4. Received: 6"):
         GroupNorm(4)(normal(1, 2, 2, 6))

@@ -209,7 +209,8 @@ class VAETrainer(Trainer):
 
         So each has a graph of its own, and more of them save no memory.
         """
-        n = 1 if self.adversary.discriminator.takes_whole_batches else super()._parts_of(batch)
+        whole = self.adversary.discriminator.takes_whole_batches
+        n = 1 if whole else parallel.parts_of(len(batch["pixels"]), self.micro_batches)
         cut = {name: tf.split(rows, n) for name, rows in batch.items()}
         return [{name: rows[part] for name, rows in cut.items()} for part in range(n)]
 
@@ -217,7 +218,7 @@ class VAETrainer(Trainer):
         """What is known of a part of a batch before the weight of the adversarial loss is: a `_Look`."""
         pixels, scale = rows["pixels"], self._loss_scale(self.optimizer) / parts
         disc_scale = self._loss_scale(self.disc_optimizer) / parts
-        to_features, to_pixels = self.decoder_halves
+        to_features, to_picture = self.decoder_halves
         with tf.GradientTape() as trunk:
             inputs, mean, logvar = self.vae.drawn(pixels, rows["posterior_noise"], training=True)
             features = to_features(inputs, training=True)
@@ -225,12 +226,12 @@ class VAETrainer(Trainer):
             scaled_pressure = ops.mean(pressure) * scale
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(features)
-            reconstruction = ops.cast(to_pixels(features, training=True), "float32")
+            reconstruction = ops.cast(to_picture(features, training=True), "float32")
             resemblance, named = self._resemblance(pixels, reconstruction)
             judged = self.adversary.judge(pixels, reconstruction)
             resembling, deceiving = (ops.mean(x) * scale for x in (resemblance, judged["gen_loss"]))
             judging = ops.mean(judged.pop("disc_total")) * disc_scale
-        ends = [*to_pixels.trainable_variables, features]
+        ends = [*to_picture.trainable_variables, features]
         samples = {"loss": resemblance + pressure, "kl_loss": kl, **named, **judged}
         return _Look(
             trunk,
