@@ -32,7 +32,7 @@ class Options:
     run: str = "runs/paper-flowers"  # folder of the run
     pictures: str | None = None  # folder of pictures; None: paper flowers, drawn for it
     tile: int = 32  # side of a tile in latents
-    overlap: int = 8  # of neighbouring tiles in latents
+    overlap: int = 16  # of neighbouring tiles in latents
     across: int = 2  # tiles along each side of a picture
     count: int = 4  # pictures
 

@@ -15,6 +15,7 @@ from keras import ops
 from model.common import GroupNormStatistics, pooled
 
 ROUNDS = 2
+SEEN = 16  # latents of overlap, in whose middle little is seen of the zeros at the borders
 
 
 def tiled_encode(vae, pixels, tile=512, overlap=None, rounds=ROUNDS, encode=None):
@@ -27,7 +28,7 @@ def tiled_encode(vae, pixels, tile=512, overlap=None, rounds=ROUNDS, encode=None
         vae: the `model.vae.AutoencoderKL`.
         pixels: (B, H, W, 3) in -1..1; any height and width that are multiples of the autoencoder's factor.
         tile: side of a tile in pixels; a picture that is smaller has tiles as small as itself.
-        overlap: of neighbouring tiles in pixels, at least; None is a quarter of a tile.
+        overlap: of neighbouring tiles in pixels, at least; None is a quarter of a tile and 16 latents, at most half.
         rounds: how often all tiles are measured before they are computed, which takes as long each time; 0 normalises
             each by itself. After one round neighbours are normalised alike; the picture's tone is exact after as
             many as there are norms, and after `ROUNDS` near it (`benchmarks/tiles.py`).
@@ -66,7 +67,7 @@ def tiled_decode(vae, latents, tile=64, overlap=None, rounds=ROUNDS, decode=None
         vae: the `model.vae.AutoencoderKL`.
         latents: (B, h, w, C).
         tile: side of a tile in latents.
-        overlap: of neighbouring tiles in latents, at least; None is a quarter of a tile.
+        overlap: of neighbouring tiles in latents, at least; None is a quarter of a tile and 16, at most half.
         rounds: see `tiled_encode`.
         decode: the function that decodes a tile, or None for `measured(vae.decode)`.
 
@@ -172,7 +173,7 @@ class _Tile(NamedTuple):
 
 def _grid(height, width, tile, overlap, factor):
     """The tiles of a picture of latents, row by row."""
-    overlap = tile // 4 if overlap is None else overlap
+    overlap = max(tile // 4, min(SEEN, tile // 2)) if overlap is None else overlap
     if not 0 <= overlap < tile:
         raise ValueError(
             f"tiles: received a tile of {tile} latents and an overlap of {overlap}, expected "
