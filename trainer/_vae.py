@@ -210,7 +210,7 @@ class VAETrainer(Trainer):
         So each has a graph of its own, and more of them save no memory.
         """
         whole = self.adversary.discriminator.takes_whole_batches
-        n = 1 if whole else parallel.parts_of(len(batch["pixels"]), self.micro_batches)
+        n = 1 if whole else parallel.parts_of(batch["pixels"].shape[0], self.micro_batches)
         cut = {name: tf.split(rows, n) for name, rows in batch.items()}
         return [{name: rows[part] for name, rows in cut.items()} for part in range(n)]
 
