@@ -8,6 +8,7 @@ import tensorflow as tf
 from diffusion.targets import uncertain
 from tests.batches import IMAGE_SIZE, LATENT_SHAPE, distance, rates, tensors
 from trainer import LatentDiffusionTrainer, VAETrainer
+from trainer.losses import kl_factor
 
 
 @pytest.mark.parametrize("recon_loss", ["l1", "mse"])
@@ -37,6 +38,40 @@ def test_without_its_weight_the_perceptual_loss_is_left_out(toy_networks):
     losses = trainer.sample_losses(batch, training=False)
     assert float(losses["perceptual_loss"][0]) == 0.0
     np.testing.assert_allclose(losses["loss"], losses["recon_loss"] + 1e-4 * losses["kl_loss"], rtol=1e-6)
+
+
+# (settings of a warm-up of 8 steps, the factor of the KL's weight by how many steps are done)
+KL_WARM_UPS = {
+    "linear": ({"kl_schedule": "linear"}, {0: 0.0, 4: 0.5, 8: 1.0, 9: 1.0}),
+    "cosine": ({"kl_schedule": "cosine"}, {0: 0.0, 2: 0.1464466, 4: 0.5, 8: 1.0}),
+    "cyclical": (
+        {"kl_schedule": "cyclical", "kl_cycles": 2},
+        {0: 0.0, 1: 0.5, 2: 1.0, 4: 0.0, 5: 0.5, 8: 1.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KL_WARM_UPS)
+def test_the_kl_presses_in_training_as_its_schedule_says_and_channels_have_their_free_bits(
+    toy_networks, name
+):
+    (schedule, factors), rng = KL_WARM_UPS[name], np.random.default_rng(0)
+    vae, pixels = toy_networks().vae, rng.uniform(-1, 1, (3, IMAGE_SIZE, IMAGE_SIZE, 3)).astype("float32")
+    batch = {"pixels": pixels, "posterior_noise": np.zeros((3, *LATENT_SHAPE), "float32")}
+    mean, logvar = np.split(np.asarray(vae.encoder(pixels), "float64"), 2, axis=-1)
+    kl = 0.5 * (mean**2 + np.exp(logvar) - 1 - logvar).mean((1, 2))  # of each sample and channel
+    free = float(np.median(kl))  # which some are below and some above
+    pressure = 0.3 * np.maximum(kl, free).mean(1)
+    weights = {"recon_weight": 0.0, "kl_weight": 0.3, "free_bits": free}
+    trainer = VAETrainer(vae, **weights, kl_warmup_steps=8, **schedule)
+    trainer.compile(keras.optimizers.SGD(1.0))
+    for step, factor in factors.items():
+        assert float(kl_factor(schedule["kl_schedule"], step, 8, 2)) == pytest.approx(factor, abs=1e-6)
+        trainer.optimizer.iterations.assign(step)
+        for training, expected in ((True, factor * pressure), (False, pressure)):
+            received = trainer.sample_losses(batch, training=training)
+            np.testing.assert_allclose(received["loss"], expected, rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(received["kl_loss"], kl.mean(1), rtol=1e-4)
 
 
 def test_an_unknown_reconstruction_loss_is_refused(toy_networks):
