@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import parallel
 from model.discriminator import PatchConv, PatchDiscriminator
 from model.vae import AutoencoderKL
 from optimizers import adamw
@@ -120,6 +121,26 @@ def test_batch_statistics_are_of_the_whole_batch_however_it_is_cut():
         tf.function(trainer.adversarial_step, autograph=False)(batch_of())
         moved.append(arrays(trainer.vae.weights + trainer.adversary.discriminator.weights))
     assert_close(*moved)
+
+
+def test_large_pictures_are_cut_into_more_parts_but_never_for_the_adversarial_step(monkeypatch):
+    monkeypatch.setattr(parallel, "MOST_PLACES", 2 * IMAGE_SIZE * IMAGE_SIZE)
+    trainer, cut = trainer_of(micro_batches=None), {"plain": [], "adversarial": []}
+    losses_of, judge = trainer.sample_losses, trainer.adversary.judge
+
+    def sample_losses(batch, training):
+        cut["plain"].append(len(batch["pixels"]))
+        return losses_of(batch, training)
+
+    def judged(pixels, reconstruction):
+        cut["adversarial"].append(len(pixels))
+        return judge(pixels, reconstruction)
+
+    monkeypatch.setattr(trainer, "sample_losses", sample_losses)
+    monkeypatch.setattr(trainer.adversary, "judge", judged)
+    trainer.train_step(batch_of(rows=8))
+    trainer.adversarial_step(batch_of(rows=8))
+    assert cut == {"plain": [2, 2, 2, 2], "adversarial": [4, 4]}
 
 
 def test_a_step_moves_the_directions_of_the_spectral_norms():
