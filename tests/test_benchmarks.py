@@ -4,13 +4,14 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import config
 import cup3
-from benchmarks import guard, paper_flowers, recipe, runs, samplers, sampling, tiles
+from benchmarks import guard, paper_flowers, parts, recipe, runs, samplers, sampling, tiles
 from benchmarks.paper_flowers import Options, main
 from diffusion.samplers import SAMPLERS
 from diffusion.schedule import Process
@@ -203,6 +204,33 @@ def test_every_recipe_is_one_that_a_run_takes(tmp_path, monkeypatch, capsys):
     assert len({(*map(str, (one.diffusion, one.training)),) for one in asked}) == len(recipe.RECIPES)
     assert [one.seed for one in asked] == [0, 1] * len(recipe.RECIPES)
     assert {(one.training.epochs, one.evaluation.every) for one in asked} == {(3, 3)}
+
+
+def test_parts_take_turns_and_are_told_by_their_medians(monkeypatch, capsys):
+    seconds = {  # of both networks, in each of the rounds
+        "whole": [(0.2, 0.5), (9.0, 0.4), (0.1, 0.7)],
+        "2 parts": [(0.15, 0.25), (0.05, 0.8), (0.16, 0.1)],
+        "4 parts": [(0.3, 1.0), (0.3, 1.5), (0.0, 1.1)],
+    }
+    asked = []
+
+    def run(command, check, capture_output, text):
+        assert command[:2] == [sys.executable, parts.__file__] and check and capture_output and text
+        asked.append(command[2])
+        vae, unet = seconds[command[2]][asked.count(command[2]) - 1]
+        return SimpleNamespace(stdout=f"autoencoder {vae}\nu-net {unet}\n")
+
+    monkeypatch.setattr(parts.subprocess, "run", run)
+    parts.main()
+    assert asked == ["whole", "2 parts", "4 parts"] * 3
+    assert capsys.readouterr().out.splitlines() == [
+        "autoencoder, whole: 0.2000 s, ratio 1.00",
+        "autoencoder, 2 parts: 0.1500 s, ratio 0.75",
+        "autoencoder, 4 parts: 0.3000 s, ratio 1.50",
+        "u-net, whole: 0.5000 s, ratio 1.00",
+        "u-net, 2 parts: 0.2500 s, ratio 0.50",
+        "u-net, 4 parts: 1.1000 s, ratio 2.20",
+    ]
 
 
 @pytest.mark.parametrize(
