@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import config as settings
 import cup3
@@ -14,7 +15,7 @@ from checkpoint import RunFolder
 from dataset import paper_flowers
 from errors import InputError
 from stages.data import _check_validation, prepared_data
-from tests.tiny_runs import config
+from tests.tiny_runs import config, refusal, words
 
 ROOT = Path(cup3.__file__).parent
 
@@ -47,6 +48,21 @@ def test_data_whose_classes_changed_is_refused(in_classes, tmp_path, capsys):
     os.rename(own / "rose", own / "tulip")
     with pytest.raises(InputError, match=r"its classes are no longer those of .*vocabulary\.json"):
         prepared(own, tmp_path / "run", **changes)
+
+
+F16 = {"vae.level_channels": (4,) * 5, "vae.blocks": (0,) * 5, "training.validation_fraction": 0.25}
+
+
+@pytest.mark.parametrize("sides", [(15, 40), (40, 15)])
+def test_a_picture_smaller_than_a_latent_of_the_autoencoder_is_refused(photographs, tmp_path, capsys, sides):
+    victim, line = sorted(photographs.glob("*.jpg"))[5], words(photographs, tmp_path / "run", **F16)
+    Image.new("RGB", sides).save(victim)
+    told = f"{victim}: has {sides[0]}x{sides[1]} pixels, expected at least 16 on a side"
+    assert refusal(capsys, line) == told
+    assert not (tmp_path / "run").exists()
+    Image.new("RGB", (16, 40)).save(victim)
+    with pytest.warns(UserWarning, match="^pictures enlarged to 32 px: 1 of 12$"):
+        assert len(prepared(photographs, tmp_path / "run", **F16).pictures) == 12
 
 
 def test_flowers_without_their_captions_are_no_ground_for_the_probe(flowers, tmp_path, capsys):
