@@ -217,3 +217,93 @@ def test_an_autoencoder_alone_draws_no_pictures(alone, tmp_path, capsys):
 def test_what_cannot_work_is_refused_before_anything_is_trained(flowers, tmp_path, capsys, changes, told):
     assert refusal(capsys, line(flowers, tmp_path / "run", **changes)).startswith(told)
     assert not (tmp_path / "run").exists()
+
+
+def test_steps_in_a_row_that_are_not_finite_end_it_in_one_line(flowers, tmp_path, capsys):
+    changes = {f"vae_training.{name}": 0 for name in ("ema", "perceptual_weight", "warmup_steps")}
+    changes |= {"vae_training.learning_rate": 1e30, "vae_training.steps_per_epoch": 20}
+    told = refusal(capsys, line(flowers, tmp_path / "run", **changes, **{"adversarial.weight": 0}))
+    assert told.startswith("vae: 10 steps in a row, the last of them step ")
+    assert "were not finite: NaN or Inf appears first in the output of the layer vae/encoder." in told
+    assert told.endswith("; nothing was saved yet; a lower learning rate may help, in another --run")
+    assert not (tmp_path / "run").exists()
+
+
+# The presets.
+
+
+def pictures_at(folder, names, side=32):
+    """Pictures of soft colours at these names within a folder."""
+    rng = np.random.default_rng(0)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(rng.integers(0, 256, (4, 4, 3)).astype("uint8"))
+        picture.resize((side, side), Image.Resampling.BICUBIC).save(folder / name)
+    return folder
+
+
+# What makes a run of a large preset a tiny one: all else is as the preset has it.
+SMALL = {
+    "image_size": 32,
+    "vae.level_channels": (8, 8, 8, 8),
+    "vae.blocks": (0, 0, 0, 0),
+    "vae.groups": 4,
+    "vae_training.epochs": 1,
+    "vae_training.steps_per_epoch": 2,
+    "vae_training.batch_size": 2,
+    "vae_training.micro_batches": 1,
+    "evaluation.size": 32,
+}
+
+
+def preset_run(name, data, folder, **changes):
+    """(run, its row) of one small epoch of a preset, whose files are there."""
+    assert cup3.main(["train-vae", "--preset", name, *words(data, folder, of={}, **(SMALL | changes))]) == 0
+    run, report = RunFolder.read(folder), json.loads((folder / "latents.json").read_text())
+    assert len(report["channels"]) == 4
+    for sheet in ("vae_001", "vae_prior_001"):
+        with Image.open(folder / "samples" / f"{sheet}.png") as picture:
+            assert np.asarray(picture).std() > 5
+    (row,) = run.rows()
+    assert (row["stage"], row["epoch"], row["step"], row["best"]) == ("vae", 1, 2, True)
+    assert all(np.isfinite(value) for value in row.values() if isinstance(value, float))
+    return run, row
+
+
+def test_the_preset_of_faces_trains_on_a_flat_folder(tmp_path, capsys):
+    faces = pictures_at(tmp_path / "faces", [f"{number:05}.png" for number in range(100)])
+    run, row = preset_run("ffhq-vae", faces, tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert "   100 pictures of 32 px, 3 of them for validation; without captions\n" in printed
+    assert "   kept: the weights of epoch 1, of the least val_loss" in printed
+    assert row["kl_weight"] == pytest.approx(1e-4 * 1 / 10_000)  # of its second step
+    assert row["val_loss"] == pytest.approx(row["val_recon_loss"] + 1e-4 * row["val_kl_loss"], rel=1e-5)
+    assert row["perceptual_loss"] == 0 and "gen_loss" not in row and "val_perceptual" not in row
+    assert run.config["vae"]["tanh"] and run.config["vae_training"]["recon_loss"] == "mse"
+    kept, best = run.finished("vae").tensors, run.best("vae").tensors
+    for name, tensor in kept.items():
+        if "latent_" not in name:
+            np.testing.assert_array_equal(tensor, best[name], err_msg=name)
+
+
+def test_the_preset_of_animals_trains_on_their_training_part(tmp_path, capsys):
+    names = [f"{kind}/{number}.jpg" for number in range(15) for kind in ("cat", "dog")]
+    animals = pictures_at(tmp_path / "afhq", [f"train/{name}" for name in names])
+    pictures_at(animals, ["val/cat/0.jpg", "val/dog/99.jpg"])
+    discriminator = {"start": 1, "channels": 4, "groups": 2, "layers": 1}
+    discriminator = {f"adversarial.{name}": value for name, value in discriminator.items()}
+    # for LPIPS, which would be downloaded
+    sees = {"vae_training.perceptual_network": "efficientnet_lite0", "vae_training.perceptual_depth": 1}
+    run, row = preset_run("afhq", animals, tmp_path / "run", **discriminator, **sees)
+    assert "   30 pictures of 32 px, 3 of them for validation; without captions\n" in capsys.readouterr().out
+    assert {"gen_loss", "disc_loss", "adversarial_weight", "gradient_ratio", "logit_gap"} <= row.keys()
+    assert row["adversarial_scale"] == 1.0 and row["adversarial_weight"] > 0 and row["disc_loss"] > 0
+    assert run.config["vae"]["attention"] and run.config["vae_training"]["recon_loss"] == "l1"
+    assert row["kl_weight"] == 1e-6 and row["val_perceptual_loss"] > 0
+    total = row["val_recon_loss"] + 1e-6 * row["val_kl_loss"] + 1.0 * row["val_perceptual_loss"]
+    assert row["val_loss"] == pytest.approx(total, rel=1e-5)
+    tensors, kept = run.latest("vae").tensors, run.finished("vae").tensors
+    own = [name for name in kept if "latent_" not in name]
+    for name in own:  # the averaged weights, which differ from those of the last step
+        np.testing.assert_array_equal(kept[name], tensors[f"ema_{name}"], err_msg=name)
+    assert any((kept[name] != tensors[name]).any() for name in own)
