@@ -75,16 +75,19 @@ def check_same(flag, path, prefix, received: dict, expected, but=()) -> None:
         but: names that may differ.
 
     Raises:
-        InputError: names the first setting that differs.
+        InputError: names the settings that differ, and their flags.
     """
+    told, flags = [], []
     for name, value in part(expected).items():
         # A run of before the setting is as its default.
         other = received.get(name, getattr(type(expected), name))
         if name not in but and _listed(other) != _listed(value):
-            raise InputError(
-                f"{flag}: received {path}, whose {prefix}{name.replace('_', '-')} is {_in_words(other)}, expected "
-                f"{_in_words(value)}; give {flag_of(prefix, name, other)}"
+            told.append(
+                f"{prefix}{name.replace('_', '-')} is {_in_words(other)}, expected {_in_words(value)}"
             )
+            flags.append(flag_of(prefix, name, other))
+    if told:
+        raise InputError(f"{flag}: received {path}, whose {', and '.join(told)}; give {' '.join(flags)}")
 
 
 def flag_of(prefix, name, value) -> str:

@@ -205,7 +205,7 @@ class Config:
     track: int = 0
     # train the autoencoder, also one that --vae-from takes; None: only where there is none to take
     train_vae: bool | None = None
-    # another run's folder, whose trained autoencoder is taken as it is, or trained further with --train-vae
+    # another run's folder, whose trained autoencoder is taken: as it is, or to be trained further by train-vae
     vae_from: str | None = None
     text_from: str | None = None  # another run's folder, whose text encoder is taken and stays as it is
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)

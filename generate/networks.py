@@ -81,7 +81,8 @@ def load(path, newest=False) -> tuple[Networks, Config]:
     if trained_vae is None or saved is None:
         raise InputError(
             f"{path}: received a run that has trained no U-Net yet; expected one with a checkpoint: "
-            "give its training command again, which goes on"
+            "give its training command again, which goes on, or after train-vae "
+            f"`python cup3.py --vae-from {path} --run ANOTHER`"
         )
     vae, vocabulary = make_vae(config), Vocabulary.load(run.vocabulary_path)
     unet, text_encoder = make_diffusion(config, vocabulary)

@@ -24,8 +24,9 @@ def verdict(row, former, settings):
     """What the guard does after an epoch.
 
     Held-out PSNR that has fallen by more than `guard_drop` dB from the best of the good epochs so far: the weights go
-    back, and the adversarial weight to a tenth. Otherwise an adversarial gradient of more than `guard_ratio` times the
-    reconstruction's brings the weight down to that ratio, and logits further apart than `guard_gap` halve it.
+    back, and the adversarial weight to a tenth. An adversarial gradient of more than `guard_ratio` times the
+    reconstruction's brings the weight down to that ratio (and to a tenth of that after a fall, so that it need not fall
+    again); otherwise logits further apart than `guard_gap` halve it.
 
     Args:
         row: of this epoch: `val_psnr`, and `gradient_ratio` and `logit_gap` once the adversary has begun.
@@ -37,13 +38,14 @@ def verdict(row, former, settings):
     good = [
         other["val_psnr"] for other in former if not other.get("went_back") and other["val_psnr"] is not None
     ]
+    ratio, gap = _number(row["gradient_ratio"]), _number(row["logit_gap"])
+    excess = ratio / settings.guard_ratio if ratio > settings.guard_ratio else 1.0
     fall = max(good, default=-math.inf) - _number(row["val_psnr"])
     if good and not fall <= settings.guard_drop:  # written so that NaN goes back too
-        return Verdict(True, BACK_OFF, f"held-out PSNR fell by {fall:.2f} dB")
-    ratio, gap = _number(row["gradient_ratio"]), _number(row["logit_gap"])
-    if ratio > settings.guard_ratio:
+        return Verdict(True, BACK_OFF / excess, f"held-out PSNR fell by {fall:.2f} dB")
+    if excess > 1:
         told = f"the adversarial gradient was {ratio:.3g} times the reconstruction's"
-        return Verdict(False, settings.guard_ratio / ratio, told)
+        return Verdict(False, 1 / excess, told)
     if gap > settings.guard_gap:
         return Verdict(False, GAP_BACK_OFF, f"the discriminator's logits were {gap:.3g} apart")
     return Verdict(False, 1.0, None)
