@@ -6,6 +6,7 @@ photographs, and CUP3_NO_SKIPS=1 to fail when a test is skipped for want of anyt
 
 import contextlib
 import csv
+import gc
 import importlib.util
 import io
 import os
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import ops
+from tensorflow.python.framework.ops import gradient_registry
 
 import cup3
 from checkpoint import RunFolder, collect, named_variables
@@ -44,6 +46,21 @@ share_cores()
 tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 
 _unmet = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _traced_gradients():
+    """Lets go of what a file has traced.
+
+    TensorFlow keeps a gradient that is written out, of each norm of each graph, in a table for ever, and the graph
+    with it: over all tests 20 GB.
+    """
+    kept = set(gradient_registry.list())
+    yield
+    for name in set(gradient_registry.list()) - kept:
+        if name.startswith("CustomGradient-"):
+            del gradient_registry._registry[name]
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
