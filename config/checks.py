@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 
 from config.settings import Config, part
 from errors import InputError
@@ -61,6 +62,7 @@ def check(config: Config, autoencoder_alone=False) -> None:
         "--evaluation.", config.evaluation.sampler, config.evaluation.spacing, config.evaluation.steps
     )
     _check_autoencoders_use(config, autoencoder_alone)
+    _check_files(config)
 
 
 def check_same(flag, path, prefix, received: dict, expected, but=()) -> None:
@@ -223,6 +225,15 @@ def _check_autoencoders_use(config, autoencoder_alone):
         )
     if config.train_vae is False and config.vae_from is None:
         raise InputError("--no-train-vae: expected --vae-from, the run to take a trained autoencoder from")
+
+
+def _check_files(config):
+    """Refuses files of weights that are not there, before anything else is fetched."""
+    for name in ("perceptual_weights", "perceptual_heads"):
+        file = getattr(config.vae_training, name)
+        if file is not None and not Path(file).is_file():
+            flag = flag_of("--vae-training.", name, file)
+            raise InputError(f"{flag}: received a path that is no file, expected one of weights")
 
 
 def _least_values(config):

@@ -45,8 +45,9 @@ def tiled_encode(vae, pixels, tile=512, overlap=None, rounds=ROUNDS, encode=None
     factor, encode = vae.factor, encode or measured(vae.encode)
     _, height, width, _ = pixels.shape
     sizes = {"height": height, "width": width, "tile": tile, "overlap": overlap or 0}
-    if any(size % factor for size in sizes.values()):
-        received = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    wrong = {name: size for name, size in sizes.items() if size % factor}
+    if wrong:
+        received = ", ".join(f"{name} {size}" for name, size in wrong.items())
         raise ValueError(f"tiled_encode: received {received}, expected multiples of {factor}")
 
     def moments_of(rows, columns, weights, given):

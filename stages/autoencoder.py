@@ -69,6 +69,11 @@ def _take_from(config, vae):
     other = RunFolder.read(config.vae_from)
     if other.finished("vae") is None:
         raise InputError(f"--vae-from: received {other.path}, expected a run with a trained autoencoder")
+    if other.config["vae"].get("skips") and not config.vae.skips:
+        raise InputError(
+            f"--vae-from: received {config.vae_from}, whose autoencoder has skip connections and decodes nothing "
+            "without a picture; expected one without (train-vae takes it with --vae.skips)"
+        )
     check_same(
         "--vae-from", config.vae_from, "--vae.", other.config["vae"], config.vae, but=("latent_scale",)
     )

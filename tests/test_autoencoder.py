@@ -50,6 +50,10 @@ def test_an_autoencoder_of_another_shape_or_none_is_refused(finished, flowers, t
     assert refusal(capsys, other_levels).endswith(
         "whose --vae.level-channels is 4 4, expected 4 8; give --vae.level-channels 4 4"
     )
+    both = {"vae.level_channels": (4, 8), "vae.latent_channels": 3}
+    assert refusal(capsys, words(flowers, tmp_path / "run", vae_from=finished[0], **both)).endswith(
+        "give --vae.level-channels 4 4 --vae.latent-channels 2"
+    )
     with RunFolder.open(tmp_path / "bare", {"seed": 0}):
         pass
     bare = refusal(capsys, words(flowers, tmp_path / "run", vae_from=tmp_path / "bare"))

@@ -220,6 +220,14 @@ REFUSED = [
         "--vae-training.perceptual-depth: received 6, expected one of 1, 2, 3, 4, 5",
     ),
     (
+        {"vae_training__perceptual_weights": "none.pth"},
+        "--vae-training.perceptual-weights none.pth: received a path that is no file, expected one of weights",
+    ),
+    (
+        {"vae_training__perceptual_heads": "none.pth"},
+        "--vae-training.perceptual-heads none.pth: received a path that is no file, expected one of weights",
+    ),
+    (
         {"diffusion__target": "score"},
         "--diffusion.target: received 'score', expected one of noise, image, velocity, flow, edm",
     ),

@@ -297,11 +297,14 @@ def test_a_compiled_function_is_traced_twice(vae):
     np.testing.assert_allclose(compiled, tiled_decode(vae, latents, tile=6), rtol=1e-4, atol=1e-5)
 
 
-def test_sizes_that_are_no_multiples_are_refused(placewise):
-    for settings in ({"pixels": normal(1, 15, 16, 3)}, {"tile": 9}, {"overlap": 3}):
-        settings = {"pixels": normal(1, 16, 16, 3), "tile": 8, **settings}
-        with pytest.raises(ValueError, match=r"tiled_encode: received height 1., .* expected multiples of 2"):
-            tiled_encode(placewise, **settings)
+@pytest.mark.parametrize(
+    ("settings", "received"),
+    [({"pixels": normal(1, 15, 16, 3)}, "height 15"), ({"tile": 9}, "tile 9"), ({"overlap": 3}, "overlap 3")],
+)
+def test_sizes_that_are_no_multiples_are_refused(placewise, settings, received):
+    settings = {"pixels": normal(1, 16, 16, 3), "tile": 8, **settings}
+    with pytest.raises(ValueError, match=f"tiled_encode: received {received}, expected multiples of 2"):
+        tiled_encode(placewise, **settings)
 
 
 @pytest.mark.parametrize(("tile", "overlap"), [(8, 8), (8, -1), (0, None)])
