@@ -280,7 +280,7 @@ def test_the_benchmark_of_tiles_tells_seams_from_tone(finished, capsys):
     ],
 )
 def test_tiles_that_cannot_be_measured_are_refused(finished, capsys, options, line):
-    options = tiles.Options(**{"run": str(finished[0]), "tile": 16, "count": 1, **options})
+    options = tiles.Options(**{"run": str(finished[0]), "tile": 32, "count": 1, **options})
     assert tiles.main(options) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("tiles: ") and line in printed and printed.count("\n") == 1
