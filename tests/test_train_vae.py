@@ -210,7 +210,7 @@ def test_an_autoencoder_alone_draws_no_pictures(alone, tmp_path, capsys):
         ),
         (
             {"vae_training.perceptual_network": "vgg16", "vae_training.perceptual_heads": "absent.pth"},
-            "absent.pth: No such file or directory",
+            "--vae-training.perceptual-heads absent.pth: received a path that is no file, expected one of weights",
         ),
     ],
 )
