@@ -162,13 +162,14 @@ def _group_normalised(groups, epsilon, silu):
         inverse = ops.rsqrt(over_group(ops.sum(ops.square(centred), axis=(1, 2))) + epsilon)  # (B, C)
         scale = inverse * gamma
         normal = centred * spread(scale) + beta
+        result = normal * ops.sigmoid(normal) if silu else normal
 
         def gradient(upstream):
             if silu:
-                # What the SiLU was given is made anew: to keep it costs more memory than time is saved.
-                normal = centred * spread(scale) + beta
-                gate = ops.sigmoid(normal)
-                upstream = upstream * gate * (1.0 + normal * (1.0 - gate))
+                # What the SiLU was given is made anew: to keep it costs more memory than time is saved. In 32 bits the
+                # result is kept anyway, by the convolution that takes it.
+                gate = ops.sigmoid(centred * spread(scale) + beta)
+                upstream = upstream * (result + gate * (1.0 - result))
             given = ops.sum(upstream, axis=(1, 2))  # (B, C)
             along = ops.sum(upstream * centred, axis=(1, 2))
             # d centred and d inverse, brought back to x through the group's mean and variance
@@ -177,7 +178,7 @@ def _group_normalised(groups, epsilon, silu):
             back = upstream * spread(scale) - centred * spread(slope) - spread(shift)
             return back, ops.sum(along * inverse, axis=0), ops.sum(given, axis=0)
 
-        return normal * ops.sigmoid(normal) if silu else normal, gradient
+        return result, gradient
 
     return normalised
 
